@@ -19,7 +19,7 @@ import torch
 from fastapi import HTTPException, Response
 from PIL import Image
 
-from naslora.predictor import image_of, make_predictor
+from naslora.predictor import make_predictor
 from naslora.sam.segmentation import labels_of
 
 
@@ -36,7 +36,7 @@ class Masks(litserve.LitAPI):
             image = Image.open(request["image"].file).convert("RGB")
         except Exception as error:
             raise HTTPException(400, f"no image: {error}") from error
-        return image_of(self.predictor, np.asarray(image)), image.size
+        return self.predictor.image_of(np.asarray(image)), image.size
 
     def batch(self, inputs):
         images, sizes = zip(*inputs, strict=True)

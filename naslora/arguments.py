@@ -17,8 +17,7 @@ import tyro
 
 from naslora.errors import UserError
 from naslora.settings import COMMON, Settings
-from naslora.training.recipe import load_recipe
-from naslora.training.run_config import RunConfig
+from naslora.training.run_config import RunConfig, load_recipe
 
 
 def parse(command: Callable[..., None], arguments: list[str]) -> Callable[[], None]:
@@ -85,22 +84,19 @@ def deferred(
     def take(*args: Any, **kwargs: Any) -> Callable[[], None]:
         return functools.partial(command, *args, **kwargs)
 
-    functools.update_wrapper(take, command)
-    del vars(take)["__wrapped__"]  # where the parser would look for the docstring
     # The parser would break the help's lines where an option's text breaks.
     text = re.sub(r"\n {8}", " ", inspect.getdoc(command) or "")
     signature = inspect.signature(command)
     # After one with a default, a parameter without one has to be keyword-only.
-    parameters = [p.replace(kind=p.KEYWORD_ONLY) for p in signature.parameters.values()]
-    for place, parameter in enumerate(parameters):
-        if parameter.name == "config":
-            default: Any = _common_part(config) if brief else config
-            parameters[place] = parameter.replace(default=default)
-    vars(take)["__signature__"] = signature.replace(parameters=parameters)
-    take.__annotations__ = {p.name: p.annotation for p in parameters}
-    if brief and "config" in signature.parameters:
-        purpose, _, options = text.partition("\n")
-        text = f"{purpose}\n\nAll settings: naslora {command.__name__} --help-all\n{options}"
+    options = {n: p.replace(kind=p.KEYWORD_ONLY) for n, p in signature.parameters.items()}
+    if "config" in options:
+        default: Any = _common_part(config) if brief else config
+        options["config"] = options["config"].replace(default=default)
+        if brief:
+            purpose, _, rest = text.partition("\n")
+            text = f"{purpose}\n\nAll settings: naslora {command.__name__} --help-all\n{rest}"
+    vars(take)["__signature__"] = signature.replace(parameters=[*options.values()])
+    take.__annotations__ = {name: option.annotation for name, option in options.items()}
     take.__doc__ = text
     return take
 

@@ -54,15 +54,8 @@ def benchmark(
 ) -> str:
     """Measures models, and returns the table as Markdown.
 
-    Args:
-        paths: folders, each of which is measured with PyTorch's own and with fused attention, and
-            exported files.
-        output: the folder for the results.
-        data: a CSV folder with test images; None takes that of the first folder among ``paths``.
-            Without any, there is no Dice.
-        images: the number of test images.
-        batch_size: the images of a batch.
-        trust: as in ``load_class_map``.
+    Arguments are the options of ``naslora benchmark``. Folders among ``paths`` are measured with
+    PyTorch's own and with fused attention. Without data there is no Dice.
 
     Raises:
         UserError: as ``make_predictor`` and ``find_splits``; the models take images of different

@@ -5,30 +5,20 @@ it, so that help and short commands import none of them.
 """
 
 import contextlib
+import inspect
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, TypeVar
 
 import tyro
 
 import naslora
+from naslora import choices
 from naslora.adapter.merging.report import MergeMode
 from naslora.allocator import keep_freed_memory
 from naslora.arguments import deferred, meant, parse
-from naslora.choices import (
-    CALIBRATION_IMAGES,
-    DEMO_EPOCHS,
-    MAX_LOSS,
-    OVERLAP,
-    AblationName,
-    Format,
-    ObjectSource,
-    Part,
-    Quantize,
-    TileSize,
-    Tracker,
-)
 from naslora.data.rasters import OutputConfig
 from naslora.errors import UserError, one_line
 from naslora.exits import guarded
@@ -51,32 +41,20 @@ TRUST = tyro.conf.arg(help="Load a .pt2 file, although it can run any code on th
 RUN = tyro.conf.arg(metavar="RUN", help="Folder of a run, or of a merged model.")
 
 
-RESUMABLE = ("demo", "train", "compare", "ablate", "predict")
-"""Commands with --resume."""
-
-
 def main() -> None:
     """Runs a command, as ``guarded``."""
-    guarded(_run, RESUMABLE)
+    known = commands().items()
+    guarded(_run, [name for name, own in known if "resume" in inspect.signature(own).parameters])
+
+
+def commands() -> dict[str, Callable[..., None]]:
+    """The functions of this file that are commands, by their names."""
+    own = [f for f in globals().values() if inspect.isfunction(f) and f.__module__ == __name__]
+    return {f.__name__: f for f in own if f not in (main, commands, _run)}
 
 
 def _run(arguments: list[str]) -> None:
-    commands = (
-        demo,
-        train,
-        compare,
-        ablate,
-        evaluate,
-        analyse,
-        annotate,
-        predict,
-        merge,
-        export,
-        benchmark,
-        models,
-        info,
-    )
-    named = {command.__name__: command for command in commands}
+    named = commands()
     name = arguments[0] if arguments else "--help"
     if name in named:
         command = parse(named[name], arguments[1:])
@@ -100,7 +78,7 @@ def _run(arguments: list[str]) -> None:
 
 def demo(
     output: Annotated[Path, OUTPUT],
-    epochs: int = DEMO_EPOCHS,
+    epochs: int = choices.DEMO_EPOCHS,
     seed: int = 0,
     resume: Annotated[bool, RESUME] = False,
     random: bool = False,
@@ -113,7 +91,7 @@ def demo(
         random: Start from random weights, not from those in the package.
     """
     from naslora.report.run_report import print_summary
-    from naslora.training.demo import run_demo
+    from naslora.training.run import run_demo
 
     print_summary(run_demo(output, epochs, seed, resume, random), output)
 
@@ -122,7 +100,7 @@ def train(
     config: Flat[RunConfig],
     output: Annotated[Path, OUTPUT],
     resume: Annotated[bool, RESUME] = False,
-    tracker: tuple[Tracker, ...] = ("tensorboard",),
+    tracker: tuple[choices.Tracker, ...] = ("tensorboard",),
 ) -> None:
     """Fine-tune SAM on your images, then test, merge and report.
 
@@ -159,7 +137,7 @@ def compare(
 
 
 def ablate(
-    name: Annotated[AblationName, Positional, tyro.conf.arg(metavar="WHAT")],
+    name: Annotated[choices.AblationName, Positional, tyro.conf.arg(metavar="WHAT")],
     config: Flat[RunConfig],
     launch: Flat[Launch],
     output: Annotated[Path, OUTPUT],
@@ -189,7 +167,7 @@ def evaluate(
     metrics: tuple[MetricName, ...] | None = None,
     flips: bool = False,
     instances: bool = False,
-    objects: ObjectSource | None = None,
+    objects: choices.ObjectSource | None = None,
 ) -> None:
     """Print a model's metrics on a split as JSON.
 
@@ -240,8 +218,8 @@ def predict(
     outputs: Flat[OutputConfig],
     output: Path,
     skip_errors: bool = False,
-    tiles: TileSize | None = None,
-    overlap: float = OVERLAP,
+    tiles: choices.TileSize | None = None,
+    overlap: float = choices.OVERLAP,
     trust: Annotated[bool, TRUST] = False,
     overwrite: bool = False,
     batch_size: int = 1,
@@ -318,7 +296,7 @@ def merge(
     output: Annotated[Path, OUTPUT],
     mode: MergeMode = "exact",
     max_error: float | None = None,
-    images: int = CALIBRATION_IMAGES,
+    images: int = choices.CALIBRATION_IMAGES,
 ) -> None:
     """Fold the trained adapters into the weights and write the model.
 
@@ -342,11 +320,11 @@ def merge(
 def export(
     path: Annotated[Path, Positional, tyro.conf.arg(metavar="MERGED")],
     output: Path,
-    format: Format = "onnx",
-    part: Part = "model",
-    quantize: Quantize | None = None,
-    max_loss: float = MAX_LOSS,
-    images: int = CALIBRATION_IMAGES,
+    format: choices.Format = "onnx",
+    part: choices.Part = "model",
+    quantize: choices.Quantize | None = None,
+    max_loss: float = choices.MAX_LOSS,
+    images: int = choices.CALIBRATION_IMAGES,
 ) -> None:
     """Write a merged model for another runtime.
 

@@ -18,11 +18,7 @@ class LostProcessError(UserError):
 
 
 def imported(extra: str, *names: str) -> list[Any]:
-    """Imports optional packages.
-
-    Raises:
-        UserError: one is not installed; the message names the extra that has them.
-    """
+    """Imports optional packages. If one is missing, a ``UserError`` names the extra that has it."""
     try:
         return [importlib.import_module(name) for name in names]
     except ImportError as error:

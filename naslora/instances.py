@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,6 +19,7 @@ from naslora.files import write_text
 from naslora.sam.instance_config import InstanceConfig
 from naslora.trained import load_predictor, split_of, with_data
 from naslora.training.progress import with_progress
+from naslora.training.run_config import varied
 from naslora.training.run_data import check_with_progress, make_dataset
 
 COCO_FILE = "instances.json"
@@ -52,7 +53,7 @@ class InstanceFinder:
 
     def __init__(self, path: Path, search: InstanceConfig) -> None:
         self.predictor, self.config = load_predictor(path, search.image_size)
-        self._least, self._found = search.min_area, list[tuple[Picture, list[Instance]]]()
+        self._least, self._found = search.min_area, list[tuple[dict[str, int], list[Instance]]]()
         self._generator = SamAutomaticMaskGenerator(
             self.predictor.model,
             points_per_side=search.points_per_side,
@@ -83,7 +84,7 @@ class InstanceFinder:
     def labels(self, picture: Picture) -> np.ndarray:
         """Finds the objects of an image, and keeps them for ``write``. Returns a label image."""
         found = self.find(picture.rows())
-        self._found.append((picture, found))
+        self._found.append(({"height": picture.height, "width": picture.width}, found))
         return label_image(found, (picture.height, picture.width))
 
     def write(self, path: Path, names: Sequence[str]) -> None:
@@ -92,8 +93,7 @@ class InstanceFinder:
         Masks are run lengths, also where they overlap, each with its score.
         """
         images, annotations = [], list[dict[str, Any]]()
-        for number, (name, (picture, found)) in enumerate(zip(names, self._found, strict=True), 1):
-            size = {"height": picture.height, "width": picture.width}
+        for number, (name, (size, found)) in enumerate(zip(names, self._found, strict=True), 1):
             images.append({"id": number, "file_name": name, **size})
             for runs, score in found:
                 ids = {"id": len(annotations) + 1, "image_id": number, "category_id": 1}
@@ -168,13 +168,12 @@ def evaluate_instances(
     """
     finder = InstanceFinder(path, search)
     run = with_data(finder.config, data)
-    run = replace(run, prompts=replace(run.prompts, objects=objects or run.prompts.objects))
+    run = varied(run, "prompts", objects=objects or run.prompts.objects)
     samples = split_of(run, split)
     check_with_progress(samples, run)
     # With this resolution images and masks are read at their own size.
-    dataset = make_dataset(
-        replace(run, data=replace(run.data, resolution="tiles", cache=None)), samples, "tested"
-    )
+    whole = varied(run, "data", resolution="tiles", cache=None)
+    dataset = make_dataset(whole, samples, "tested")
 
     def pairs() -> Iterator[tuple[list[Instance], np.ndarray]]:
         for sample in with_progress(samples, "finding objects"):

@@ -28,9 +28,8 @@ def locked(output: Path, folder: bool = True) -> Iterator[None]:
     again by the process that holds it. Folders that had to be created for the file are removed
     again if they are empty at the end.
 
-    Args:
-        output: it may not exist yet.
-        folder: whether the output is a folder that is filled file by file.
+    ``output`` may not exist yet. ``folder`` says whether it is a folder that is filled file by
+    file.
 
     Raises:
         UserError: another process holds the lock, the message names it; the output cannot be

@@ -286,11 +286,7 @@ def label_of(name: str, unit: str = "pixels") -> str:
 
 
 def check_metrics(names: Sequence[str], num_classes: int) -> None:
-    """Checks that metrics are defined for a number of classes, which is 1 if binary, else K.
-
-    Raises:
-        UserError: a metric is defined for binary masks only.
-    """
+    """Refuses metrics for binary masks only unless ``num_classes`` is 1, and not K."""
     for name in names:
         if METRICS[name].binary and num_classes > 1:
             raise UserError(f"metric {name!r} is defined for binary masks only")

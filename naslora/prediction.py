@@ -41,7 +41,7 @@ from naslora.files import replaced_file
 from naslora.instances import COCO_FILE, InstanceFinder
 from naslora.locks import locked
 from naslora.manifest import Manifest
-from naslora.predictor import Predictor, image_of, make_predictor, segment
+from naslora.predictor import Predictor, make_predictor
 from naslora.report.pictures import JPEG, class_colour, in_turn, paint
 from naslora.sam.instance_config import InstanceConfig
 from naslora.settings import Count, checked
@@ -54,20 +54,10 @@ OVERLAY_SIDE = 4096
 """Pixels on the longer side of an overlay, at most: of larger images it has every n-th pixel."""
 THREADS = 2
 """That read and write, beside the one of the model."""
-Model = Predictor | InstanceFinder
 Item = TypeVar("Item")
 Result = TypeVar("Result")
-
-
-class _Opened(NamedTuple):
-    """An image that has been read, and its class map."""
-
-    sample: Sample
-    picture: Picture
-    image: Tensor | None = None
-    """(C, S, S) float32, of a whole image."""
-    scores: Tensor | None = None
-    """(K, S, S), of a whole image."""
+Pending = Iterable[tuple[Sample, Callable[[], Result]]]
+"""Images, and what gives the result of each."""
 
 
 def predict_run(
@@ -135,73 +125,194 @@ def predict_run(
             stack.enter_context(locked(output))
         if tiles is not None:
             stack.enter_context(large_images())
-        predictor: Model
-        if search is None:
-            predictor = make_predictor(path, tiles, overlap, trust, outputs)
-        else:
-            predictor = InstanceFinder(path, search)
+        finder = None if search is None else InstanceFinder(path, search)
+        predictor = finder or make_predictor(path, tiles, overlap, trust, outputs)
         settings = f"{tiles} {overlap} {outputs}"
         manifest = Manifest(output, [path, *outputs.members], settings, rank, resume)
         samples = [own for own in samples if own not in manifest]
+        writer = _Writer(predictor, output, batch_size)
         if on_error is None and len(samples) > 1:  # one image is read before anything is written
-            how = slicing_of(predictor.config.data)
-            check_with_progress(slices_of(samples, how), predictor.config)
-        written = list(_predict(predictor, samples, output, on_error, batch_size, manifest.add))
-        if isinstance(predictor, InstanceFinder):
+            check_with_progress(slices_of(samples, writer.slicing), predictor.config)
+        written = list(writer.write_all(samples, on_error, manifest.add))
+        if finder is not None:
             names = {_targets(own.image, output)[0]: own.image.name for own in samples}
-            predictor.write(output / COCO_FILE, [names[mask] for mask in written])
+            finder.write(output / COCO_FILE, [names[mask] for mask in written])
         return written
 
 
-def _predict(
-    predictor: Model,
-    samples: Sequence[Sample],
-    output: Path,
-    on_error: Callable[[UserError], None] | None,
-    batch_size: int,
-    done: Callable[[Sample, UserError | None], None],
-) -> Iterator[Path]:
-    """Reads, computes and writes whole images at the same time, others in turn, volumes last."""
-    how = slicing_of(predictor.config.data)
-    volumes = [sample for sample in samples if is_volume(sample.image, how)]
-    samples = [sample for sample in samples if not is_volume(sample.image, how)]
-    whole = isinstance(predictor, Predictor) and predictor.tiles is None
-    size = batch_size if whole else 1
+# ---- Segmenting ----------------------------------------------------------------------------------
 
-    def failed(sample: Sample, error: ImageError) -> None:
-        if on_error is None:
-            raise error
-        done(sample, error)
-        on_error(error)
 
-    def computed() -> Iterator[_Opened]:
-        batch: list[_Opened] = []
-        read = functools.partial(_read, predictor)
-        opened = _ahead(threads, read, samples, size + THREADS if whole else 0)
-        for place, (sample, result) in enumerate(opened, 1):
-            try:
-                batch.append(result())
-            except ImageError as error:
-                failed(sample, error)
-            if batch and (len(batch) == size or place == len(samples)):
-                yield from _with_scores(predictor, batch)
-                batch = []
+class _Opened(NamedTuple):
+    """An image that has been read."""
 
-    write = functools.partial(_write, predictor, output)
-    with _threads() as threads:
-        written = _ahead(threads, write, computed(), THREADS if whole else 0)
-        results = ((opened.sample, result) for opened, result in written)
-        segment_volume = functools.partial(_predict_volume, predictor, output, batch_size)
-        for sample, result in itertools.chain(
-            results, _ahead(threads, segment_volume, volumes, ahead=0)
-        ):
-            try:
-                path = result()
-            except ImageError as error:  # of which rows are read as they are needed
-                failed(sample, error)
-                continue
-            done(sample, None)
-            yield path
+    sample: Sample
+    picture: Picture
+    values: Tensor | None
+    """Of an image that is taken whole: (C, S, S) float32, and once computed (K, S, S) scores."""
+
+
+class _Writer:
+    """Segments images, and writes their files to a folder."""
+
+    def __init__(
+        self, predictor: Predictor | InstanceFinder, output: Path, batch_size: int
+    ) -> None:
+        self.predictor, self.output, self.batch_size = predictor, output, batch_size
+        self.config = predictor.config
+        self.slicing = slicing_of(self.config.data)
+
+    def write_all(
+        self,
+        samples: Sequence[Sample],
+        on_error: Callable[[UserError], None] | None,
+        done: Callable[[Sample, UserError | None], None],
+    ) -> Iterator[Path]:
+        """Reads, computes and writes whole images at the same time, others in turn, volumes last.
+
+        Yields the masks. ``done`` is called for each image, ``on_error`` as in ``predict_run``.
+        """
+        volumes = [sample for sample in samples if is_volume(sample.image, self.slicing)]
+        images = [sample for sample in samples if not is_volume(sample.image, self.slicing)]
+        whole = isinstance(self.predictor, Predictor) and self.predictor.tiles is None
+        size, ahead = (self.batch_size, THREADS) if whole else (1, 0)
+
+        def finished(pending: Pending[Result]) -> Iterator[tuple[Sample, Result]]:
+            for sample, result in pending:
+                try:
+                    found = result()
+                except ImageError as error:  # also in writing: some rows are read as needed
+                    if on_error is None:
+                        raise
+                    done(sample, error)
+                    on_error(error)
+                else:
+                    yield sample, found
+
+        with _threads() as threads:
+            read = _ahead(threads, self._read, images, ahead and size + ahead)
+            opened = (own for _, own in finished(read))
+            batches = iter(lambda: list(itertools.islice(opened, size)), [])
+            computed = itertools.chain.from_iterable(map(self._with_scores, batches))
+            written = _ahead(threads, self._write, computed, ahead)
+            masks = ((own.sample, result) for own, result in written)
+            others = _ahead(threads, self._write_volume, volumes, 0)
+            for sample, mask in finished(itertools.chain(masks, others)):
+                done(sample, None)
+                yield mask
+
+    def _read(self, sample: Sample) -> _Opened:
+        channels = len(self.config.data.channels) or None
+        picture = open_picture(sample, scaling_of(self.config), channels=channels)
+        if isinstance(self.predictor, InstanceFinder) or self.predictor.tiles is not None:
+            return _Opened(sample, picture, None)
+        image = self.predictor.image_of(picture.rows())
+        picture.check_channels()
+        return _Opened(sample, picture, image)
+
+    def _with_scores(self, batch: list[_Opened]) -> list[_Opened]:
+        images = [own.values for own in batch if own.values is not None]
+        if not images or isinstance(self.predictor, InstanceFinder):
+            return batch
+        maps = self.predictor.class_map(torch.stack(images))
+        return [own._replace(values=scores) for own, scores in zip(batch, maps, strict=True)]
+
+    def _write(self, opened: _Opened) -> Path:
+        """Segments an image, and writes its files."""
+        sample, picture, _ = opened
+        georeference = read_georeference(sample.image)
+        if isinstance(self.predictor, InstanceFinder):
+            found = self.predictor.labels(picture)
+            labels, kind = rows_of(found), found.dtype
+        else:
+            labels, kind = self._segment(self.predictor, opened).rows, np.dtype(np.uint8)
+        mask, overlay, geotiff, _ = _targets(sample.image, self.output)
+        size = picture.height, picture.width
+        binary = self.config.data.num_classes == 1 and self.config.task == "semantic"
+        foreground = np.uint8(255 if binary else 1)
+
+        def bands() -> Iterator[np.ndarray]:
+            return (rows * foreground for rows in in_pieces(labels, size[0]))
+
+        with replaced_file(mask) as file:
+            indexed = foreground == 1 and kind == np.uint8
+            colours = [(0, 0, 0), *map(class_colour, range(1, 256))] if indexed else None
+            write_png(file, size, bands(), colours)
+        self._write_overlay(picture, labels, overlay)
+        if georeference:
+            with replaced_file(geotiff) as file:
+                write_tiff(file, bands(), size, kind, georeference)
+        return mask
+
+    def _segment(self, predictor: Predictor, opened: _Opened) -> LabelFile:
+        """Segments an image into a file, and writes its probabilities if they are wanted.
+
+        Raises:
+            ImageError: the image is damaged, or a channel has only NaN. Nothing is written then.
+        """
+        sample, picture, scores = opened
+        labels = LabelFile(self.output, picture.width)
+        bands = predictor.segment(picture, labels, scores)
+        kind = predictor.outputs.probabilities
+        if kind is None:
+            deque(bands, maxlen=0)
+            picture.check_channels()
+            return labels
+        with replaced_file(_targets(sample.image, self.output)[3]) as file:
+            first = next(bands)
+            shape = picture.height, picture.width, *first.shape[2:]
+            everything = (_stored(kind, band) for band in itertools.chain([first], bands))
+            write_tiff(file, everything, shape, np.dtype(kind), read_georeference(sample.image))
+            picture.check_channels()
+        return labels
+
+    def _write_volume(self, sample: Sample) -> Path:
+        """Segments the slices of a volume, and writes its files; none of a bad one."""
+        predictor = self.predictor
+        if isinstance(predictor, InstanceFinder):
+            raise UserError(f"--instances takes images, and {sample.image} is a volume")
+        kind, labels, shares = predictor.outputs.probabilities, [], []
+        slices = slices_of([sample], self.slicing)
+        pending = map(self._read, slices)
+        while batch := list(itertools.islice(pending, self.batch_size)):
+            for _, picture, scores in self._with_scores(batch):
+                file = LabelFile(self.output, picture.width)
+                bands = [
+                    _stored(kind, band) if kind else band[:0]
+                    for band in predictor.segment(picture, file, scores)
+                ]
+                picture.check_channels()
+                labels.append(file.rows(0, picture.height))
+                shares.append(np.concatenate(bands))
+        _, overlay, mask, probabilities = _targets(sample.image, self.output)
+        middle = len(slices) // 2
+        picture = self._read(slices[middle]).picture
+        self._write_overlay(picture, rows_of(labels[middle]), overlay)
+        for target, parts in [(mask, labels), *([(probabilities, shares)] if kind else [])]:
+            with replaced_file(target) as path:
+                write_volume(path, sample.image, parts, self.slicing.axis)
+        return mask
+
+    def _write_overlay(self, picture: Picture, labels: Rows, path: Path) -> None:
+        """Paints the labels on the image, if that is wanted."""
+        if isinstance(self.predictor, Predictor) and not self.predictor.outputs.overlays:
+            return
+        step = -(-max(picture.height, picture.width) // OVERLAY_SIDE)
+        image, shown = (
+            np.concatenate(
+                [
+                    own[::step, ::step].copy()
+                    for own in in_pieces(rows, picture.height, STRIP * step)
+                ]
+            )
+            for rows in (picture.rows, labels)
+        )
+        names = ["background", *self.config.data.class_names]
+        if self.config.task == "promptable":
+            shown, names = in_turn(shown)
+        painted = paint(image[..., shown_of(self.config)], shown, names)
+        with replaced_file(path) as file:
+            Image.fromarray(painted).save(file, **JPEG, comment=SOFTWARE)
 
 
 @contextlib.contextmanager
@@ -219,136 +330,15 @@ def _ahead(
     pool: ThreadPoolExecutor, function: Callable[[Item], Result], items: Iterable[Item], ahead: int
 ) -> Iterator[tuple[Item, Callable[[], Result]]]:
     """The items in their order, each with what gives its result. Threads compute them ahead."""
+    if not ahead:
+        yield from ((item, functools.partial(function, item)) for item in items)
+        return
     pending: deque[tuple[Item, Callable[[], Result]]] = deque()
     for item in items:
-        if not ahead:
-            yield item, functools.partial(function, item)
-            continue
         pending.append((item, pool.submit(function, item).result))
         if len(pending) > ahead:
             yield pending.popleft()
     yield from pending
-
-
-def _read(predictor: Model, sample: Sample) -> _Opened:
-    config = predictor.config
-    channels = len(config.data.channels) or None
-    picture = open_picture(sample, scaling_of(config), channels=channels)
-    if isinstance(predictor, InstanceFinder) or predictor.tiles is not None:
-        return _Opened(sample, picture)
-    image = image_of(predictor, picture.rows())
-    picture.check_channels()
-    return _Opened(sample, picture, image)
-
-
-def _with_scores(predictor: Model, batch: list[_Opened]) -> list[_Opened]:
-    images = [own.image for own in batch if own.image is not None]
-    if not images or isinstance(predictor, InstanceFinder):
-        return batch
-    maps = predictor.class_map(torch.stack(images))
-    return [
-        own._replace(image=None, scores=own_map) for own, own_map in zip(batch, maps, strict=True)
-    ]
-
-
-def _write(predictor: Model, output: Path, opened: _Opened) -> Path:
-    """Segments an image if it has no class map yet, and writes its files."""
-    sample, picture, config = opened.sample, opened.picture, predictor.config
-    georeference = read_georeference(sample.image)
-    if isinstance(predictor, InstanceFinder):
-        found = predictor.labels(picture)
-        labels, kind = rows_of(found), found.dtype
-    else:
-        labels, kind = _segment_file(predictor, opened, output).rows, np.dtype(np.uint8)
-    mask, overlay, geotiff, _ = _targets(sample.image, output)
-    size = picture.height, picture.width
-    binary = config.data.num_classes == 1 and config.task == "semantic"
-    foreground = np.uint8(255 if binary else 1)
-    with replaced_file(mask) as file:
-        indexed = foreground == 1 and kind == np.uint8
-        colours = [(0, 0, 0), *map(class_colour, range(1, 256))] if indexed else None
-        write_png(file, size, _times(labels, size, foreground), colours)
-    _write_overlay(predictor, picture, labels, overlay)
-    if georeference:
-        with replaced_file(geotiff) as file:
-            bands = _times(labels, size, foreground)
-            write_tiff(file, bands, size, kind, georeference)
-    return mask
-
-
-def _times(labels: Rows, size: tuple[int, int], factor: np.uint8) -> Iterator[np.ndarray]:
-    return (rows * factor for rows in in_pieces(labels, size[0]))
-
-
-def _segment_file(predictor: Predictor, opened: _Opened, output: Path) -> LabelFile:
-    """Segments an image into a file, and writes its probabilities if they are wanted.
-
-    Raises:
-        ImageError: the image is damaged, or a channel has only NaN. Nothing is written then.
-    """
-    sample, picture = opened.sample, opened.picture
-    labels = LabelFile(output, picture.width)
-    bands = segment(predictor, picture, labels, opened.scores)
-    kind = predictor.outputs.probabilities
-    if kind is None:
-        deque(bands, maxlen=0)
-        picture.check_channels()
-        return labels
-    with replaced_file(_targets(sample.image, output)[3]) as file:
-        first = next(bands)
-        shape = picture.height, picture.width, *first.shape[2:]
-        everything = map(functools.partial(_stored, kind), itertools.chain([first], bands))
-        write_tiff(file, everything, shape, np.dtype(kind), read_georeference(sample.image))
-        picture.check_channels()
-    return labels
-
-
-def _predict_volume(predictor: Model, output: Path, batch_size: int, sample: Sample) -> Path:
-    """Segments the slices of a volume, and writes its files. Nothing is written of a bad one."""
-    if isinstance(predictor, InstanceFinder):
-        raise UserError(f"--instances takes images, and {sample.image} is a volume")
-    config, kind = predictor.config, predictor.outputs.probabilities
-    how = slicing_of(config.data)
-    slices, labels, shares = slices_of([sample], how), [], []
-    for start in range(0, len(slices), batch_size):
-        batch = [_read(predictor, own) for own in slices[start : start + batch_size]]
-        for opened in _with_scores(predictor, batch):
-            picture, file = opened.picture, LabelFile(output, opened.picture.width)
-            bands = [
-                _stored(kind, band) if kind else band[:0]
-                for band in segment(predictor, picture, file, opened.scores)
-            ]
-            picture.check_channels()
-            labels.append(file.rows(0, picture.height))
-            shares.append(np.concatenate(bands))
-    _, overlay, mask, probabilities = _targets(sample.image, output)
-    middle = len(slices) // 2
-    picture = _read(predictor, slices[middle]).picture
-    _write_overlay(predictor, picture, rows_of(labels[middle]), overlay)
-    for target, parts in [(mask, labels), *([(probabilities, shares)] if kind else [])]:
-        with replaced_file(target) as path:
-            write_volume(path, sample.image, parts, how.axis)
-    return mask
-
-
-def _write_overlay(predictor: Model, picture: Picture, labels: Rows, path: Path) -> None:
-    """Paints the labels on the image, if that is wanted."""
-    config = predictor.config
-    if isinstance(predictor, Predictor) and not predictor.outputs.overlays:
-        return
-    step = -(-max(picture.height, picture.width) // OVERLAY_SIDE)
-    image, shown = (
-        np.concatenate(
-            [part[::step, ::step].copy() for part in in_pieces(rows, picture.height, STRIP * step)]
-        )
-        for rows in (picture.rows, labels)
-    )
-    names = ["background", *config.data.class_names]
-    if config.task == "promptable":
-        shown, names = in_turn(shown)
-    painted = paint(image[..., shown_of(config)], shown, names)
-    with replaced_file(path) as file:
-        Image.fromarray(painted).save(file, **JPEG, comment=SOFTWARE)
 
 
 def _stored(kind: str, probabilities: np.ndarray) -> np.ndarray:

@@ -50,48 +50,53 @@ class Predictor:
         """The channels of its images."""
         return len(self.config.data.channels) or 3
 
+    def image_of(self, pixels: np.ndarray) -> Tensor:
+        """(H, W, C) uint8 as the model takes it: (C, S, S) float32."""
+        own = torch.from_numpy(pixels).permute(2, 0, 1)
+        image = resize_image(own, self.config.model.image_size)
+        return transforms.to_dtype(image, torch.float32, scale=True)
 
-def segment(
-    predictor: Predictor, picture: Picture, labels: LabelFile, scores: Tensor | None = None
-) -> Iterator[np.ndarray]:
-    """Segments an image, whose labels ``labels`` gets.
+    def segment(
+        self, picture: Picture, labels: LabelFile, scores: Tensor | None = None
+    ) -> Iterator[np.ndarray]:
+        """Segments an image, whose labels ``labels`` gets.
 
-    ``scores`` is the (K, S, S) class map of the whole image; None computes it.
+        ``scores`` is the (K, S, S) class map of the whole image; None computes it.
 
-    Yields:
-        The probabilities, some rows at a time, float32: (n, W), or (n, W, K) of several classes;
-        with an uncertainty (n, W, K + 1).
-    """
-    count, threshold = predictor.config.data.num_classes, predictor.outputs.threshold
-    for band in score_bands(predictor, picture, scores):
-        for part in band.split(STRIP, dim=1):  # because labels have 8 bytes at first
-            labels.append(labels_of(part[None, :count], threshold)[0].numpy())
-            total = part[:count].sum(0).clamp(min=1e-12) if count > 1 else 1
-            shares = torch.cat([part[:count] / total, part[count:]])
-            yield shares.movedim(0, 2).squeeze(2).numpy()
-        del band, part, shares  # before the next row of tiles is computed
+        Yields:
+            The probabilities, some rows at a time, float32: (n, W), or (n, W, K) of several
+            classes; with an uncertainty (n, W, K + 1).
+        """
+        count, threshold = self.config.data.num_classes, self.outputs.threshold
+        for band in self.score_bands(picture, scores):
+            for part in band.split(STRIP, dim=1):  # because labels have 8 bytes at first
+                labels.append(labels_of(part[None, :count], threshold)[0].numpy())
+                total = part[:count].sum(0).clamp(min=1e-12) if count > 1 else 1
+                shares = torch.cat([part[:count] / total, part[count:]])
+                yield shares.movedim(0, 2).squeeze(2).numpy()
+            del band, part, shares  # before the next row of tiles is computed
 
+    def score_bands(self, picture: Picture, scores: Tensor | None = None) -> Iterator[Tensor]:
+        """The class map of an image: (K, rows, W) float32 bands, from its top to its bottom."""
+        height, width = picture.height, picture.width
+        grid = None if self.tiles is None else Grid(self.tiles, height, width)
+        if grid is None or len(grid) == 1:
+            own = self._scores_of(picture.rows()) if scores is None else scores
+            yield from _enlarged(own, height, width)
+            return
+        shared = functools.lru_cache(1)(picture.rows)  # by the tiles of one row
 
-def score_bands(
-    predictor: Predictor, picture: Picture, scores: Tensor | None = None
-) -> Iterator[Tensor]:
-    """The class map of an image: (K, rows, W) float32 bands, from its top to its bottom."""
-    height, width = picture.height, picture.width
-    grid = None if predictor.tiles is None else Grid(predictor.tiles, height, width)
-    if grid is None or len(grid) == 1:
-        if scores is None:
-            scores = scores_of(predictor, picture.rows())[0]
-        yield from _enlarged(scores, height, width)
-        return
-    shared = functools.lru_cache(1)(picture.rows)  # by the tiles of one row
+        def pixels_of(box: Box) -> np.ndarray:
+            if picture.source.by_rows:
+                return shared(box.top, box.bottom)[:, box.left : box.right]
+            return picture.rows(box.top, box.bottom, box.left, box.right)
 
-    def pixels_of(box: Box) -> np.ndarray:
-        if picture.source.by_rows:
-            return shared(box.top, box.bottom)[:, box.left : box.right]
-        return picture.rows(box.top, box.bottom, box.left, box.right)
+        maps = (self._scores_of(pixels_of(box)) for box in grid.boxes())
+        yield from map(itemgetter(1), grid.blend(maps))
 
-    maps = (scores_of(predictor, pixels_of(box))[0] for box in grid.boxes())
-    yield from map(itemgetter(1), grid.blend(maps))
+    def _scores_of(self, pixels: np.ndarray) -> Tensor:
+        """The (K, S, S) class map of (H, W, C) uint8."""
+        return self.class_map(self.image_of(pixels)[None])[0]
 
 
 def _enlarged(scores: Tensor, height: int, width: int) -> Iterator[Tensor]:
@@ -103,18 +108,6 @@ def _enlarged(scores: Tensor, height: int, width: int) -> Iterator[Tensor]:
         weight = (rows - low)[:, None]
         high = (low + 1).clamp(max=side - 1)
         yield columns[:, low] * (1 - weight) + columns[:, high] * weight
-
-
-def image_of(predictor: Predictor, pixels: np.ndarray) -> Tensor:
-    """(H, W, C) uint8 as the model takes it: (C, S, S) float32."""
-    own = torch.from_numpy(pixels).permute(2, 0, 1)
-    image = resize_image(own, predictor.config.model.image_size)
-    return transforms.to_dtype(image, torch.float32, scale=True)
-
-
-def scores_of(predictor: Predictor, pixels: np.ndarray) -> Tensor:
-    """The (1, K, S, S) class map of (H, W, C) uint8."""
-    return predictor.class_map(image_of(predictor, pixels)[None])
 
 
 def make_predictor(

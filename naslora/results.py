@@ -254,22 +254,14 @@ def kept_epoch(history: list[Epoch], keep: Keep) -> Epoch:
 
 
 def adapter_folder(run: Path) -> Path:
-    """The folder of the adapter that a run keeps.
-
-    Raises:
-        UserError: no epoch of the run was finished.
-    """
+    """The folder of the adapter that a run keeps; a ``UserError`` before its first epoch ends."""
     if (run / ADAPTER).is_dir():
         return run / ADAPTER
     raise UserError(f"{run} has no trained model yet: {run / ADAPTER} does not exist")
 
 
 def read_history(run: Path) -> list[Epoch]:
-    """Reads history.csv of a finished run, and verifies the checksum that metrics.json holds.
-
-    Raises:
-        UserError: a file is missing or damaged.
-    """
+    """Reads history.csv of a finished run, and verifies the checksum that metrics.json holds."""
     history = read_rows(run / HISTORY, Epoch)
     stored = read_record(run / METRICS_JSON, RunResult).history_sha256
     if stored is not None and stored != file_checksum(run / HISTORY):

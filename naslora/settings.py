@@ -51,11 +51,8 @@ class Settings:
         return json.loads(msgspec.json.encode(self, enc_hook=lambda path: str(path.resolve())))
 
     def with_text(self: Own, name: str, text: str) -> Own:
-        """The settings with another value of the field ``name``, as the command line has it.
-
-        Raises:
-            UserError: as the constructor.
-        """
+        """The settings with another value of the field ``name``, as the command line has it. Errors
+        as of the constructor."""
         value = checked(name, text, _hints(cast(Any, type(self)))[name], is_text=True)
         return cast(Any, dataclasses).replace(self, **{name: value})
 

@@ -76,11 +76,7 @@ def mismatches(
 
 
 def check_fit(what: str, problems: list[str]) -> None:
-    """Refuses a file, which ``what`` names, that does not fit a model.
-
-    Raises:
-        UserError: there are problems. The message lists the first six.
-    """
+    """Refuses a file, which ``what`` names, if there are problems, and lists the first six."""
     if problems:
         listed = "; ".join(problems[:6]) + ("; ..." if len(problems) > 6 else "")
         raise UserError(f"{what} does not fit this model ({len(problems)} mismatches): {listed}")

@@ -34,7 +34,6 @@ from naslora.records import to_json
 from naslora.results import CONFIG, METRICS_JSON, SplitScores, adapter_folder
 from naslora.sam.checkpoint import find_model
 from naslora.sam.export import KEY, Description, check_new, export, read_description
-from naslora.sam.families import side_of
 from naslora.sam.hub import PREFIX, download
 from naslora.sam.prompt_graphs import export_prompts
 from naslora.sam.prompts import AnySam, PromptableSam, build_predictor
@@ -45,7 +44,7 @@ from naslora.settings import Count, Rate, checked
 from naslora.training.accelerator import in_float32, make_accelerator
 from naslora.training.clicks import score_run
 from naslora.training.resolve import read_config, resolve
-from naslora.training.run_config import DataConfig, ModelConfig, Resolution, RunConfig, mirror_axes
+from naslora.training.run_config import Resolution, RunConfig, mirror_axes, varied
 from naslora.training.run_data import calibration, check_splits, find_splits, make_dataset
 from naslora.training.run_model import build_frozen_model, build_run_model
 
@@ -84,8 +83,7 @@ def load_model(path: Path) -> tuple[AnySam, RunConfig]:
             load_adapter(model, adapter)
     if not merged and not (path / METRICS_JSON).exists():
         warn(f"{path} is not finished: this is its model so far; train --resume continues it")
-    data = dataclasses.replace(config.data, cache=None)  # a path that stands in a file
-    return model.eval(), dataclasses.replace(config, data=data)
+    return model.eval(), varied(config, "data", cache=None)  # a path that stands in a file
 
 
 def load_predictor(path: Path, image_size: int | None = None) -> tuple[SamPredictor, RunConfig]:
@@ -113,30 +111,30 @@ def load_predictor(path: Path, image_size: int | None = None) -> tuple[SamPredic
             raise UserError(f"{path} {SEMANTIC}")
         predictor = build_predictor(model)
     else:
-        name, checkpoint, data = str(path), None, DataConfig()
-        if path.exists() or shipped_file(name) is None:
+        named = {"name": str(path), "checkpoint": NONE, "image_size": image_size}
+        config, checkpoint = RunConfig.from_dict({"task": "promptable", "model": named}), None
+        if path.exists() or shipped_file(str(path)) is None:
             with reading(path):
-                name, image_size, data = _described(path, image_size)
-            checkpoint = path
-        own = ModelConfig(name, NONE, image_size or side_of(name))
-        config = resolve(RunConfig(task="promptable", data=data, model=own))
-        predictor = build_predictor(name, config.model.image_size, checkpoint)
+                config, checkpoint = _described(path, config), path
+        config = resolve(config)
+        predictor = build_predictor(config.model.name, config.model.image_size, checkpoint)
     predictor.model.to("cuda" if torch.cuda.is_available() else "cpu")
     return predictor, config
 
 
-def _described(path: Path, image_size: int | None) -> tuple[str, int | None, DataConfig]:
-    """The model, the image size and the data that a file with weights was made for."""
+def _described(path: Path, config: RunConfig) -> RunConfig:
+    """The configuration with the model, and if it says them image size and data, of a file."""
     text = read_metadata(path).get(KEY) if path.suffix == ".safetensors" else None
     if text is None:
         name = find_model(path)
         if name is None:
             raise UserError("it is no checkpoint of SAM that is known")
-        return name, image_size, DataConfig()
+        return varied(config, "model", name=name)
     held = read_description(text)
     if held.task == "semantic":
         raise UserError(f"{path} {SEMANTIC}")
-    return held.model, held.image_size, DataConfig(intensity=held.intensity)
+    config = varied(config, "model", name=held.model, image_size=held.image_size)
+    return varied(config, "data", intensity=held.intensity)
 
 
 # ---- Evaluating ----------------------------------------------------------------------------------
@@ -161,13 +159,9 @@ def evaluate_run(
     """
     model, config = load_model(path)
     config = with_data(config, data)
-    own = config.data
-    changed = dataclasses.replace(
-        own,
-        resolution=resolution or own.resolution,
-        metrics=own.metrics if metrics is None else tuple(metrics),
-    )
-    config = resolve(dataclasses.replace(config, data=changed))
+    own = config.data.metrics if metrics is None else tuple(metrics)
+    resolution = resolution or config.data.resolution
+    config = resolve(varied(config, "data", resolution=resolution, metrics=own))
     if flips and config.task == "promptable":
         raise UserError(f"{path} is scored by clicks, which are not mirrored; drop --flips")
     samples = split_of(config, split)
@@ -183,8 +177,7 @@ def with_data(config: RunConfig, root: Path | None) -> RunConfig:
     """A configuration with another CSV folder; None keeps its own data."""
     if root is None:
         return config
-    data = dataclasses.replace(config.data, root=root, dataset="csv", split=None, group=GROUP)
-    return dataclasses.replace(config, data=data)
+    return varied(config, "data", root=root, dataset="csv", split=None, group=GROUP)
 
 
 def split_of(config: RunConfig, split: str) -> list[Sample]:

@@ -20,8 +20,8 @@ from naslora.files import read_json, read_safetensors
 from naslora.results import ADAPTER
 from naslora.sam import vits as sam
 from naslora.sam.segmentation import SamForSegmentation
-from naslora.training import demo as demo_run
 from naslora.training import progress
+from naslora.training import run as run_module
 from naslora.training.run_config import ModelConfig, RunConfig
 from naslora_kernels import OPERATIONS
 
@@ -205,7 +205,7 @@ def test_the_demo(tmp_path, monkeypatch):
 
     slices = [("train", 60, 63), ("val", 68, 69), ("test", 84, 86), ("arch", 122, 123)]
     monkeypatch.setattr(demo_data, "BLOCKS", slices)
-    monkeypatch.setattr(demo_run, "RunConfig", small)
+    monkeypatch.setattr(run_module, "RunConfig", small)
     assert sam.VITS["vit_t"].depth == 2
     for resume in ([], ["--resume"]):
         succeed("demo", "--output", tmp_path / "demo", "--epochs", "1", *resume)

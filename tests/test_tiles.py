@@ -19,7 +19,7 @@ from naslora.data.images import Sample, source_of, source_of_array
 from naslora.data.masks import IGNORED
 from naslora.data.picture import Picture
 from naslora.data.tiles import Grid, Tiles, fit_tiles
-from naslora.predictor import Predictor, score_bands
+from naslora.predictor import Predictor
 from naslora.sam.export import read_description
 from naslora.sam.runtimes import load_class_map
 from naslora.sam.segmentation import labels_of
@@ -136,7 +136,7 @@ def picture_of_cracks(height: int, width: int) -> Image.Image:
 def segment(side: int, tiles: Tiles | None, picture: Image.Image) -> np.ndarray:
     """The labels of a whole picture."""
     predictor = Predictor(brightness, run_config(image_size=side), tiles)
-    bands = score_bands(predictor, Picture(source_of(picture), "here"))
+    bands = predictor.score_bands(Picture(source_of(picture), "here"))
     return labels_of(torch.cat(list(bands), 1)[None])[0].numpy().astype(np.uint8)
 
 

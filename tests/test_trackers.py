@@ -55,7 +55,7 @@ def test_trackers_that_do_not_start_cost_one_line(broken, clean_data, tmp_path, 
         assert (tmp_path / "run").exists() == (names != ["comet"])
 
 
-class Broken(trackers.GeneralTracker):
+class Broken(trackers.tracking.GeneralTracker):
     """A tracker whose server is gone, from the start or later."""
 
     name, requires_logging_directory, tracker = "broken", False, None

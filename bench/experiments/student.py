@@ -78,7 +78,7 @@ def _table(samples: list[Sample], teacher: SamPredictor, student: SamPredictor) 
         "cosine similarity of a constant, the teacher's mean": constants,
         **dict(sorted(masks.items())),
     }
-    cells = [[name, str(len(v)), mean_text(mean_and_spread(v))] for name, v in rows.items()]
+    cells = [[name, str(len(v)), mean_text(*mean_and_spread(v))] for name, v in rows.items()]
     return Table(["score", "photographs", "mean"], cells)
 
 

@@ -57,7 +57,7 @@ def _error(result: RunResult, mode: str, held_out: bool = False) -> float | None
     """Mean over the layers of the update's relative error after a merge."""
     layers = result.merge[mode].layers
     if held_out:
-        return mean_and_spread([layer.held_out_error for layer in layers]).mean
+        return mean_and_spread([layer.held_out_error for layer in layers])[0]
     return statistics.mean(layer.update_error for layer in layers)
 
 
@@ -66,7 +66,7 @@ def _clicks(score: str, untouched: bool = False) -> Column:
 
     def column(result: RunResult, _: list[Epoch]) -> float | None:
         scores = result.untouched if untouched else result.test
-        return mean_and_spread([(scores.metrics or {})[score]]).mean if scores else None
+        return mean_and_spread([(scores.metrics or {})[score]])[0] if scores else None
 
     return column
 

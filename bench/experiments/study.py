@@ -271,7 +271,7 @@ def _text(values: list[float | None]) -> str:
     known = [value for value in values if value is not None]
     if len(known) == len(values) and max(known) < 1e-3:  # rounding
         return f"{max(known):.0e}"
-    return mean_text(mean_and_spread(values))
+    return mean_text(*mean_and_spread(values))
 
 
 if __name__ == "__main__":

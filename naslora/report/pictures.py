@@ -83,13 +83,8 @@ def data_uri(pixels: np.ndarray, side: int = PICTURE_SIDE) -> str:
 def paint(image: np.ndarray, labels: np.ndarray, class_names: list[str]) -> np.ndarray:
     """Tints each class in its colour, with its border in the full colour and a black line around.
 
-    Args:
-        image: (H, W, 3) uint8 RGB.
-        labels: (H, W) integer labels; 0, the background, is left unpainted.
-        class_names: names of the labels 0, 1, ...; other labels are painted grey.
-
-    Returns:
-        (H, W, 3) uint8 RGB.
+    ``image`` and the result are (H, W, 3) uint8 RGB. The (H, W) integer label 0, the background, is
+    left unpainted; labels beyond the names of 0, 1, ... are painted grey.
     """
     height, width = labels.shape
     step, painted = max(1, PAINTED_PIXELS // max(1, width)), image.copy()

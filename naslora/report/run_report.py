@@ -51,14 +51,9 @@ def write_report(
 ) -> None:
     """Writes a run's report as one self-contained HTML file; errors as in ``write_page``.
 
-    Args:
-        path: the file to write. Its folder is made if needed.
-        config: the run's configuration as JSON-ready values, shown whole.
-        result, history: what the run leaves in metrics.json and history.csv.
-        operations: the path of alpha; None for a method without alpha.
-        panels: test images to show, the worst first; of a promptable run as they are shown.
-        class_names: names of the labels 0, 1, ..., so two for a binary task. Label 0 is the
-            background, which is left unpainted.
+    ``config`` is the run's configuration as JSON-ready values. ``operations`` is None for a method
+    without alpha. ``panels`` are test images, the worst first; of a promptable run as they are
+    shown. ``class_names`` are those of the labels 0, 1, ..., so two for a binary task.
     """
     labelled = [panel for panel in panels if isinstance(panel, Panel)]
     prompted = [panel for panel in panels if isinstance(panel, Pictures)]

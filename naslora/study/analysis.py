@@ -48,6 +48,7 @@ from naslora.report.run_report import page_title
 from naslora.report.tables import Table, number
 from naslora.results import CONFIG, HISTORY, OPERATIONS_JSON, REPORT, Epoch, OperationHistory
 from naslora.sam.encoders import transformer_blocks
+from naslora.sam.export import check_new
 from naslora.sam.prompts import PROMPTS
 from naslora.sam.segmentation import SamForSegmentation
 from naslora.sam.shipped import NONE
@@ -57,7 +58,6 @@ from naslora.study.operation_losses import write_operation_losses
 from naslora.trained import load_model
 from naslora.training.accelerator import make_accelerator
 from naslora.training.resolve import read_config
-from naslora.training.run import check_output
 from naslora.training.run_config import RunConfig
 from naslora.training.run_data import find_splits, make_dataset, shown_of
 from naslora.training.run_model import build_run_model
@@ -78,11 +78,8 @@ Statistics = Mapping[str, list[BlockStatistics]]
 def analyse(runs: Sequence[Path], output: Path, images: int = 100) -> None:
     """Analyses a trained run, and the convergence over the seeds of several runs.
 
-    Args:
-        runs: folders of runs of one configuration with different seeds. The first run's encoder is
-            analysed.
-        output: must be new or empty.
-        images: how many test images the encoders are measured on, at most.
+    Arguments as the options of ``naslora analyse``. The runs have one configuration and different
+    seeds; the first run's encoder is analysed.
 
     Raises:
         UserError: as ``load_model``; the runs differ in more than their seed; ``output`` is not
@@ -95,7 +92,7 @@ def analyse(runs: Sequence[Path], output: Path, images: int = 100) -> None:
     histories = [_read_history(run, config) for run in runs]
     searched = searches(config.method, config.adapter)
     mixtures = [_read_mixture(run) for run in runs if searched]
-    check_output(config, output, resume=False)
+    check_new(output)
     samples = find_splits(config)["test"]
     order = np.random.default_rng(0).permutation(len(samples))
     drawn = [samples[i] for i in sorted(order[:images])]

@@ -61,15 +61,9 @@ def compare(
 
     A method that does not fit the encoder is refused before anything trains.
 
-    Args:
-        config: the recipe: data, model, schedule. Its method and seed are replaced.
-        methods: names of ``naslora.methods.METHODS``, in the order of the rows.
-        seeds: seeds of the data order, the held-out images and the fresh parameters.
-        output: must be new or empty unless ``resume``.
-        resume: keep the finished runs of ``output`` and make the others. Methods and seeds may
-            have been added if ``design`` neither tunes nor draws folds.
-        design: what is tuned, on which images, and the margin of equivalence.
-        launch: where the runs are made; None for here.
+    Arguments as the options of ``naslora compare``. ``config`` is the recipe: data, model,
+    schedule; its method and seed are replaced. With ``resume``, methods and seeds may have been
+    added if ``design`` neither tunes nor draws folds. Without ``launch``, the runs are made here.
 
     Raises:
         UserError: the recipe cannot work for any method, or belongs to another comparison; or,

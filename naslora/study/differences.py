@@ -101,14 +101,9 @@ def over_images(
     The differences of an image are averaged over the shared seeds, and an image is drawn in all
     seeds together: seeds that share it are no further images. Images of a group are drawn together.
 
-    Args:
-        own: a row's scores.
-        other: those of the row that it is compared with.
-        margin: differences smaller than this count as none.
-        groups: the group of each image; None if each is one of its own.
-
-    Returns:
-        None if fewer than two images, or groups, have a score in all runs.
+    Differences smaller than ``margin`` count as none. ``groups`` has the group of each image; None
+    if each is one of its own. Returns None if fewer than two images, or groups, have a score in all
+    runs.
     """
     from scipy import stats  # what other commands should not wait for
 
@@ -227,10 +222,7 @@ class Score:
 
 
 def mean_ranks(folders: Sequence[Path | str]) -> Table:
-    """Ranks the methods by test Dice in several comparisons, for instance one a data set.
-
-    Args:
-        folders: those of ``naslora compare``.
+    """Ranks the methods by test Dice in several folders of ``naslora compare``.
 
     Returns:
         The methods that have a score in all of them, the best first, with their Dice in each and

@@ -49,10 +49,8 @@ def block_statistics(
     Queries that pad a window are left out. Keys that pad a window count, because the model attends
     to them.
 
-    Args:
-        encoder: of ``build_image_encoder``; adapted or not.
-        images: (B, 3, S, S) normalised batches of equal size, as the encoder takes them.
-        image_size: S in pixels.
+    The encoder is of ``build_image_encoder``, adapted or not. It takes ``images``, normalised
+    (B, 3, S, S) batches of equal size; ``image_size`` is S in pixels.
 
     Raises:
         UserError: the encoder or its method adds tokens to those of the image.

@@ -43,10 +43,7 @@ WARM_UP_PASSES = 2
 def find_refusals(rows: Sequence[Row], samples: Sequence[Sample]) -> dict[str, str]:
     """Finds why rows of a comparison do not fit the encoder, by row. Also reads every image once.
 
-    A row with several configurations comes several times.
-
-    Raises:
-        UserError: no method could work with these data or this model.
+    A row with several configurations comes several times. Errors are of the data and the model.
     """
     recipe = rows[0].config
     check_with_progress(samples, recipe)
@@ -146,11 +143,8 @@ def seconds_in_turn(calls: Sequence[Callable[[], object]]) -> np.ndarray:
 
 
 def in_own_process(function: Callable[..., Result], *arguments: Any) -> Result:
-    """Calls a function in a fresh process, which ends with this one, and returns its result.
-
-    Raises:
-        RuntimeError: the process was killed; or else, as the function.
-    """
+    """Calls a function in a fresh process, which ends with this one, and returns its result. If it
+    is killed, that is a RuntimeError."""
     # The fork server imports the function's module once. A process forked from it has all imports
     # and no results of an earlier run.
     forks = "forkserver" in multiprocessing.get_all_start_methods()

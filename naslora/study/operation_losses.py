@@ -52,9 +52,7 @@ def write_operation_losses(model: SamForSegmentation, config: RunConfig, output:
     """Measures what the chosen operations, and random ones, are worth on the validation images.
 
     The layers of the trained model have cells. ``output`` is the folder for operation_losses.csv.
-
-    Raises:
-        UserError: no validation image has a foreground to score.
+    Raises a ``UserError`` if no validation image has a foreground to score.
     """
     samples = find_splits(config)["val"]
     alphas = {name: layer.alpha for name, layer in adapter_layers(model) if layer.alpha is not None}

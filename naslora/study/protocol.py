@@ -10,19 +10,19 @@ lists/FOLD/     train.csv, val.csv and test.csv of a fold
 import hashlib
 import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from naslora.data.datasets import DATASETS, load_all
 from naslora.data.images import Sample
-from naslora.data.layouts import GROUP, Splits
+from naslora.data.layouts import Splits
 from naslora.data.splits import draw_folds, group_members, write_splits
 from naslora.errors import UserError
 from naslora.files import read_json, write_json, write_text
 from naslora.records import as_csv
 from naslora.study.design import Design, parse_grid
 from naslora.study.differences import LEVEL, RESAMPLES
+from naslora.trained import with_data
 from naslora.training.run_config import DataConfig, RunConfig, differing
 from naslora.training.run_data import find_splits, slicing_of
 
@@ -93,7 +93,7 @@ def find_images(config: RunConfig, design: Design, output: Path) -> Images:
     def listed(folder: Path, test: list[Sample], parts: list[list[Sample]]) -> DataConfig:
         """The same data, read from lists in a folder."""
         lists[folder] = _splits(test, parts)
-        return replace(data, dataset="csv", root=folder, split=None, group=GROUP)
+        return with_data(config, folder).data
 
     for name, test in tested.items():
         folder, rest = output / "lists" / name, others[name]
@@ -150,12 +150,9 @@ def _images_csv(images: Images) -> str:
 
 
 def check_protocol(protocol: Mapping[str, Any], output: Path) -> None:
-    """Checks that the comparison in ``output``, if there is one, has this protocol.
+    """Refuses another protocol than that of the comparison in ``output``, if there is one.
 
     One that neither tunes nor draws folds may get other methods and seeds.
-
-    Raises:
-        UserError: it has another; the message names what differs.
     """
     if not (output / PROTOCOL).is_file():
         return

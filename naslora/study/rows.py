@@ -5,7 +5,7 @@ The ablations are those of the paper (Tables 6-9 and D1).
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from typing import Any, Literal, NamedTuple, cast
+from typing import NamedTuple, cast
 
 from naslora.adapter.layer.config import NASLoRAConfig
 from naslora.adapter.layer.targets import block_names, find_targets
@@ -14,8 +14,7 @@ from naslora.errors import UserError
 from naslora.methods import METHODS, configure, searches
 from naslora.sam.segmentation import build_model
 from naslora.sam.shipped import NONE
-from naslora.training.recipe import load_recipe
-from naslora.training.run_config import RunConfig
+from naslora.training.run_config import RunConfig, load_recipe, varied
 from naslora_kernels import OPERATIONS
 
 BASE = "base"  # the row of the unchanged method
@@ -76,35 +75,29 @@ def _adapter(config: RunConfig) -> NASLoRAConfig:
     return cast(NASLoRAConfig, config.adapter)
 
 
-def _varied(config: RunConfig, part: Literal["adapter", "training"], **fields: Any) -> RunConfig:
-    return replace(config, **{part: replace(getattr(config, part), **fields)})
-
-
 def _operations(config: RunConfig) -> Iterator[Row]:
     """All operations, and each family left out."""
-    yield Row("all operations", "all-operations", _varied(config, "adapter", operations=None))
+    yield Row("all operations", "all-operations", varied(config, "adapter", operations=None))
     for family, left_out in FAMILIES.items():
         kept = tuple(name for name in OPERATIONS if name not in left_out)
         folder = "without-" + family.replace("/", "-").replace(" ", "-")
-        yield Row(f"without {family}", folder, _varied(config, "adapter", operations=kept))
+        yield Row(f"without {family}", folder, varied(config, "adapter", operations=kept))
 
 
 def _ranks(config: RunConfig) -> Iterator[Row]:
     """The paper's ranks, and the configured one."""
     for rank in sorted({*RANKS, _adapter(config).rank}):
-        yield Row(f"r = {rank}", f"rank-{rank}", _varied(config, "adapter", rank=rank))
+        yield Row(f"r = {rank}", f"rank-{rank}", varied(config, "adapter", rank=rank))
 
 
 def _blocks(config: RunConfig) -> Iterator[Row]:
     """Adapters in the first half, the last half, or all of the encoder's blocks."""
     encoder = build_model(config.model.name, config.model.image_size, checkpoint=NONE).image_encoder
-    whole = _varied(config, "adapter", blocks=None)
+    whole = varied(config, "adapter", blocks=None)
     count = len(block_names(find_targets(encoder, _adapter(whole))))
     half, every = count // 2, tuple(range(count))
-    yield Row(f"1 to {half}", "first-half", _varied(config, "adapter", blocks=every[:half]))
-    yield Row(
-        f"{half + 1} to {count}", "last-half", _varied(config, "adapter", blocks=every[half:])
-    )
+    yield Row(f"1 to {half}", "first-half", varied(config, "adapter", blocks=every[:half]))
+    yield Row(f"{half + 1} to {count}", "last-half", varied(config, "adapter", blocks=every[half:]))
     yield Row(f"1 to {count} (all)", "all-blocks", whole)
 
 
@@ -114,19 +107,19 @@ def _alpha_starts(config: RunConfig) -> Iterator[Row]:
     The paper starts alpha in epoch 10, and varies 0, 10 and 20.
     """
     own = config.training.search_start
-    yield Row("0 (simultaneously)", "simultaneous", _varied(config, "training", simultaneous=True))
+    yield Row("0 (simultaneously)", "simultaneous", varied(config, "training", simultaneous=True))
     for start in dict.fromkeys((0, own, 2 * own)):
         title = "0 (stage-wise)" if start == 0 else str(start)
-        varied = config if start == own else _varied(config, "training", search_start=start)
-        yield Row(title, f"alpha-from-{start}", varied)
+        changed = config if start == own else varied(config, "training", search_start=start)
+        yield Row(title, f"alpha-from-{start}", changed)
 
 
 def _channel_ratios(config: RunConfig) -> Iterator[Row]:
     """All, two thirds, or one third of the channels pass through the cell."""
     for third in (3, 2, 1):
-        varied = _varied(config, "adapter", channel_ratio=third / 3)
-        channels = f"{_adapter(varied).cell_channels} of {_adapter(config).rank} channels"
-        yield Row(f"{third}/3 ({channels})", f"ratio-{third}-3", varied)
+        changed = varied(config, "adapter", channel_ratio=third / 3)
+        channels = f"{_adapter(changed).cell_channels} of {_adapter(config).rank} channels"
+        yield Row(f"{third}/3 ({channels})", f"ratio-{third}-3", changed)
 
 
 ABLATIONS: dict[AblationName, Callable[[RunConfig], Iterator[Row]]] = {

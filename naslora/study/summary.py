@@ -17,27 +17,18 @@ from naslora.results import CLICK_SCORES, RunNumbers
 UNMERGED = "unmerged"
 
 
-class MeanAndSpread(NamedTuple):
-    """A number over the seeds."""
-
-    mean: float | None
-    """None if the number of a seed is unknown."""
-    spread: float | None
-    """Standard deviation with n - 1 degrees of freedom; None for a single seed."""
-
-
-def mean_and_spread(values: Sequence[float | None]) -> MeanAndSpread:
-    """Mean and standard deviation of one number a seed."""
+def mean_and_spread(values: Sequence[float | None]) -> tuple[float | None, float | None]:
+    """Mean of one number a seed, None if one is unknown, and the standard deviation with n - 1
+    degrees of freedom, None for a single seed."""
     known = [value for value in values if value is not None]
     if len(known) < len(values) or not known:
-        return MeanAndSpread(None, None)
-    spread = statistics.stdev(known) if len(known) > 1 else None
-    return MeanAndSpread(statistics.mean(known), spread)
+        return None, None
+    return statistics.mean(known), statistics.stdev(known) if len(known) > 1 else None
 
 
-def mean_text(value: MeanAndSpread, form: str = ".3f") -> str:
+def mean_text(mean: float | None, spread: float | None, form: str = ".3f") -> str:
     """``mean ± spread`` for a table; the spread has three decimals."""
-    return number(value.mean, form) + ("" if value.spread is None else f" ± {value.spread:.3f}")
+    return number(mean, form) + ("" if spread is None else f" ± {spread:.3f}")
 
 
 class Column(NamedTuple):
@@ -55,7 +46,7 @@ class Column(NamedTuple):
         if isinstance(value, str):
             return value
         scaled = None if value is None else self.scale * value
-        return mean_text(MeanAndSpread(scaled, row.get(f"{name}_spread")), self.form)
+        return mean_text(scaled, row.get(f"{name}_spread"), self.form)
 
 
 COLUMNS = {

@@ -159,7 +159,7 @@ def _fold_table(study: Study, outcomes: Outcomes) -> Table:
         for k, fold in enumerate(study.folds):
             found = [outcomes.get(study.folder(row, seed, fold)) for seed in study.seeds]
             known = [own.numbers["dice"] if isinstance(own, RunNumbers) else None for own in found]
-            if (mean := mean_and_spread(known).mean) is not None:
+            if (mean := mean_and_spread(known)[0]) is not None:
                 dice[k] = mean
         if not dice:
             continue

@@ -55,19 +55,10 @@ class Turn(NamedTuple):
         return chosen(self.candidates, self.best)[:, 0]
 
 
-class ImageScores(NamedTuple):
-    """Scores of the N objects of one image."""
-
-    image: int
-    """Its index in the data set."""
-    loss: np.ndarray
-    """(N,) loss after one click."""
-    iou: np.ndarray
-    """(N, clicks + 1) after each click; the last is of the box."""
-    dice: np.ndarray
-    """The same."""
-    best: np.ndarray
-    """(N,) IoU of the best of three masks after one click."""
+ImageScores = tuple[int, np.ndarray, np.ndarray, np.ndarray, np.ndarray]
+"""Of an image its index in the data set; of its N objects the (N,) loss after one click, IoU and
+Dice, (N, clicks + 1), after each click and of the box, and the (N,) IoU of the best of three masks
+after one click."""
 
 
 def score_run(
@@ -92,7 +83,7 @@ def score_run(
         for place in range(len(batch["index"]))
     ]
     scores: list[ImageScores] = sorted(gather_object(own))  # by the image's index
-    parts = zip(*(one[1:] for one in scores), strict=True)
+    _, *parts = zip(*scores, strict=True)
     losses, iou, dice, best = map(np.concatenate, parts)
     return SplitScores(
         loss=float(losses.mean()),
@@ -101,7 +92,7 @@ def score_run(
         metrics=_metrics(iou, dice, best) if metrics else {},
         resolution=f"{dataset.image_size} x {dataset.image_size}, {len(iou)} objects",
         click_iou=iou[:, :-1].mean(0).tolist() if metrics else None,
-        image_dice=[float(one.dice[:, 0].mean()) if len(one.dice) else None for one in scores],
+        image_dice=[float(own[:, 0].mean()) if len(own) else None for *_, own, _ in scores],
     )
 
 
@@ -129,7 +120,7 @@ def _score_image(
     objects = objects_of(batch["mask"][place, None].to(accelerator.device))
     if not len(objects.owners):
         none, turns = np.zeros(0, np.float32), np.zeros((0, clicks + 1))
-        return ImageScores(index, none, turns, turns, none)
+        return index, none, turns, turns, none
     scores: list[Tensor] = []
     loss = best = torch.empty(0)
     for turn in play(model, image, objects, accelerator, clicks):
@@ -141,7 +132,7 @@ def _score_image(
             best = both[0].amax(1)
         scores.append(both.take_along_dim(turn.best[None, :, None], 2)[..., 0])
     iou, dice = torch.stack(scores, 2).cpu().numpy()
-    return ImageScores(index, loss.cpu().numpy(), iou, dice, best.cpu().numpy())
+    return index, loss.cpu().numpy(), iou, dice, best.cpu().numpy()
 
 
 @torch.no_grad()

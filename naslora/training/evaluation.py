@@ -36,7 +36,7 @@ from naslora.metrics import (
 )
 from naslora.results import GroupScores, SplitScores, VolumeScores
 from naslora.sam.losses import SegmentationLoss, parse_terms
-from naslora.sam.segmentation import SamForSegmentation, SegmentationOutput, labels_of
+from naslora.sam.segmentation import SamForSegmentation, labels_of
 from naslora.training.run_config import RunConfig, TrainConfig
 
 
@@ -125,8 +125,7 @@ def evaluate(
         names of ``naslora.metrics.METRICS``, there is neither ``resolution`` nor ``groups``.
     """
     model.eval()
-    predictions = _predictions(model, dataset, accelerator, config, metrics)
-    own = [_record(dataset, metrics, prediction) for prediction in predictions]
+    own = [*_records(model, dataset, accelerator, config, metrics)]
     records: list[_Record] = sorted(gather_object(own), key=lambda record: record.place)
     names, scores = config.data.class_names, [record.scores for record in records]
     summary = replace(
@@ -152,73 +151,67 @@ def evaluate(
     return replace(summary, resolution=resolution, groups=groups)
 
 
-Prediction = tuple[int, float, Tensor, Tensor, Tensor]
-"""Of an image the place in the data set, the loss of its batch or of its tiles, the (H, W) labels,
-the (K, H, W) class map, and the (H, W) truth."""
-
-
-def _predictions(
-    model: SamForSegmentation,
-    dataset: SegmentationDataset,
-    accelerator: Accelerator,
-    config: RunConfig,
-    metrics: Sequence[str],
-) -> Iterator[Prediction]:
-    """Segments this process's share of the images."""
-    loss, device = loss_of(config.training), accelerator.device
-    # Labels of 8 bits and, if a metric needs it, the class map are kept of a whole image.
-    needed = any(METRICS[name].of_map for name in metrics)
-    losses: list[float] = []  # of the tiles of an image
-
-    def add_loss(output: SegmentationOutput, mask: Tensor) -> None:
-        losses.append(float(loss(output, mask)))
-
-    for batch in batches_of(dataset, accelerator, config):
-        if dataset.tiles is None:
-            with accelerator.autocast():
-                output = model(batch["image"].to(device))
-            mask = batch["mask"].to(device)
-            value, truths = float(loss(output, mask)), batch.get("truth", mask)
-            images = zip(batch["index"], output.class_map(), truths, strict=True)
-            for index, class_map, truth in images:
-                class_map = fit(class_map, truth.shape)
-                yield int(index), value, labels_of(class_map[None])[0], class_map, truth.to(device)
-            continue
-        images = zip(batch["index"], batch["pixels"], batch["truth"], strict=True)
-        for index, pixels, truth in images:
-            losses.clear()
-            labels, maps = [], []
-            for band in tiled_class_map(model, dataset, pixels, truth, accelerator, add_loss):
-                labels.append(labels_of(band[None])[0].to(torch.uint8))
-                maps.append(band if needed else band[:, :0])
-            value, prediction = sum(losses) / len(losses), torch.cat(labels).long()
-            yield int(index), value, prediction, torch.cat(maps, 1), truth
-
-
 class _Record(NamedTuple):
     """What is known of an image of a split."""
 
     place: int
     """Of the image in the data set."""
     loss: float
+    """Of its batch, or the mean over its tiles."""
     scores: Scores
     labels: bytes
     """Of a slice, if a metric needs them: predicted and true labels, (2, H, W), as np.savez."""
 
 
-def _record(
-    dataset: SegmentationDataset, metrics: Sequence[str], prediction: Prediction
-) -> _Record:
-    """Scores an image."""
-    place, loss, labels, class_map, truth = prediction
-    scores = image_scores(labels[None], truth[None], dataset.num_classes, IGNORED)
-    own = {name: values[0] for name, values in scores.items()}
-    own |= further_scores(metrics, class_map, labels, truth, IGNORED)
-    kept = io.BytesIO()
-    if dataset.samples[place].slice is not None and any(METRICS[name].shape for name in metrics):
-        pair = torch.stack([labels, truth]).where(truth != IGNORED, 0).to(torch.uint8)
-        np.savez_compressed(kept, pair.cpu().numpy())
-    return _Record(place, loss, {name: own[name].cpu() for name in own}, kept.getvalue())
+def _records(
+    model: SamForSegmentation,
+    dataset: SegmentationDataset,
+    accelerator: Accelerator,
+    config: RunConfig,
+    metrics: Sequence[str],
+) -> Iterator[_Record]:
+    """Segments and scores this process's share of the images."""
+    loss, device = loss_of(config.training), accelerator.device
+    by_shape = any(METRICS[name].shape for name in metrics)
+    # Labels of 8 bits and, if a metric needs it, the class map are kept of an image by tiles.
+    by_map = any(METRICS[name].of_map for name in metrics)
+
+    def record(index: Tensor, labels: Tensor, class_map: Tensor, truth: Tensor) -> _Record:
+        found = image_scores(labels[None], truth[None], dataset.num_classes, IGNORED)
+        own = {name: values[0] for name, values in found.items()}
+        own |= further_scores(metrics, class_map, labels, truth, IGNORED)
+        kept = io.BytesIO()
+        if by_shape and dataset.samples[index].slice is not None:
+            pair = torch.stack([labels, truth]).where(truth != IGNORED, 0).to(torch.uint8)
+            np.savez_compressed(kept, pair.cpu().numpy())
+        scores = {name: values.cpu() for name, values in own.items()}
+        return _Record(int(index), sum(losses) / len(losses), scores, kept.getvalue())
+
+    losses: list[float] = []  # of what was segmented since it was emptied
+
+    def segment(images: Tensor, masks: Tensor) -> Tensor:
+        with accelerator.autocast():
+            output = model(images.to(device))
+        losses.append(float(loss(output, masks.to(device))))
+        return output.class_map()
+
+    for batch in batches_of(dataset, accelerator, config):
+        if dataset.tiles is None:
+            losses.clear()
+            maps = segment(batch["image"], batch["mask"])
+            truths = batch.get("truth", batch["mask"])
+            for index, own, truth in zip(batch["index"], maps, truths, strict=True):
+                own = fit(own, truth.shape)
+                yield record(index, labels_of(own[None])[0], own, truth.to(device))
+            continue
+        images = zip(batch["index"], batch["pixels"], batch["truth"], strict=True)
+        for index, pixels, truth in images:
+            losses.clear()
+            labels, kept = [], []
+            for band in tiled_class_map(segment, dataset, pixels, truth):
+                labels.append(labels_of(band[None])[0].to(torch.uint8))
+                kept.append(band if by_map else band[:, :0])
+            yield record(index, torch.cat(labels).long(), torch.cat(kept, 1), truth)
 
 
 def _volumes(
@@ -252,17 +245,15 @@ def _volumes(
 
 
 def tiled_class_map(
-    model: SamForSegmentation,
+    segment: Callable[[Tensor, Tensor], Tensor],
     dataset: SegmentationDataset,
     pixels: Tensor,
-    truth: Tensor | None,
-    accelerator: Accelerator,
-    on_output: Callable[[SegmentationOutput, Tensor], None] | None = None,
+    truth: Tensor,
 ) -> Iterator[Tensor]:
     """Computes the class map of a whole image from those of its tiles.
 
-    The model is in evaluation mode. The image is (3, H, W) uint8, its truth (H, W) labels or None.
-    ``on_output`` is called with the output for each tile and its (1, S, S) labels.
+    ``segment`` maps a tile, (1, 3, S, S) in [0, 1], and its (1, S, S) labels to the (1, K, S, S)
+    class map. The image is (3, H, W) uint8, its truth (H, W) labels.
 
     Yields:
         (K, rows, W) float32 scores on the CPU: bands of the image, from its top to its bottom.
@@ -273,11 +264,8 @@ def tiled_class_map(
     def maps() -> Iterator[Tensor]:
         for box in grid.boxes():
             image, mask = dataset.cut(pixels, truth, box)
-            tile = transforms.to_dtype(image, torch.float32, scale=True)[None]
-            with accelerator.autocast():
-                output = model(tile.to(accelerator.device))
-            if on_output is not None and mask is not None:
-                on_output(output, mask.long()[None].to(accelerator.device))
-            yield output.class_map()[0]
+            assert mask is not None
+            tile = transforms.to_dtype(image, torch.float32, scale=True)
+            yield segment(tile[None], mask.long()[None])[0]
 
     return (band for _, band in grid.blend(maps()))

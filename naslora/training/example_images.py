@@ -48,12 +48,19 @@ def panels_of(trainer: Trainer, scores: SplitScores) -> dict[int, Panel]:
 
 def labels_of_image(trainer: Trainer, index: int) -> np.ndarray:
     """Labels of a test image at the size at which it is scored, (H, W) int64."""
-    model, data = trainer.model, trainer.data["test"]
+    model, data, accelerator = trainer.model, trainer.data["test"], trainer.accelerator
+    item = data[index]
     if data.tiles is None:
-        return predict_labels(model, data[index]["image"][None])[0].numpy()
+        return predict_labels(model, item["image"][None])[0].numpy()
+    model.eval()
+
+    def segment(image: torch.Tensor, _: torch.Tensor) -> torch.Tensor:
+        with accelerator.autocast():
+            output = model(image.to(accelerator.device))
+        return output.class_map()
+
     with torch.no_grad():
-        pixels = data[index]["pixels"]
-        bands = tiled_class_map(model.eval(), data, pixels, None, trainer.accelerator)
+        bands = tiled_class_map(segment, data, item["pixels"], item["truth"])
         return torch.cat([labels_of(band[None])[0] for band in bands]).numpy()
 
 

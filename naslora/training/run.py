@@ -22,9 +22,11 @@ from pathlib import Path
 
 import torch
 
+from naslora import results
 from naslora.adapter.merging.merged import unmerge
 from naslora.adapter.merging.report import MergeMode
 from naslora.choices import Tracker
+from naslora.data.demo_data import write_mni152
 from naslora.errors import UserError, one_line, warn
 from naslora.files import file_checksum, is_temporary, write_json
 from naslora.locks import locked
@@ -33,20 +35,7 @@ from naslora.records import write_record, write_rows
 from naslora.report.page import Pictures
 from naslora.report.pictures import Merged, Panel
 from naslora.report.run_report import write_report
-from naslora.results import (
-    CONFIG,
-    DATA,
-    HISTORY,
-    METRICS_JSON,
-    OPERATIONS_JSON,
-    REPORT,
-    TEST_IMAGES,
-    MergeResult,
-    RunResult,
-    SplitScores,
-    adapter_folder,
-    kept_epoch,
-)
+from naslora.results import MergeResult, RunResult, SplitScores
 from naslora.sam.families import find_family
 from naslora.sam.shipped import NONE, SHIPPED_SIZE
 from naslora.training.accelerator import (
@@ -59,7 +48,7 @@ from naslora.training.accelerator import (
 from naslora.training.clicks import score_run
 from naslora.training.example_images import labels_of_image, panels_of, prompted_pictures
 from naslora.training.resolve import SHIPPED, read_config, resolve
-from naslora.training.run_config import RunConfig, differing
+from naslora.training.run_config import DataConfig, ModelConfig, RunConfig, TrainConfig, differing
 from naslora.training.run_data import calibration, prepare_data
 from naslora.training.run_model import (
     build_adapted_model,
@@ -70,6 +59,7 @@ from naslora.training.run_model import (
 from naslora.training.trackers import check_trackers, log, tracked
 from naslora.training.trainer import Trainer
 
+DEMO_WINDOW = 64  # pixels of a slice, which the network sees enlarged to 256
 FEW_IMAGES = 5
 LEARNED = 0.05  # Dice of the test images; where it is lower, a note advises what to try
 
@@ -104,7 +94,7 @@ def train(
     with lost_processes(), ExitStack() as stack:
         in_main_process(accelerator, lambda: stack.enter_context(locked(output)))
         check_output(config, output, resume)
-        data, contents = prepare_data(config, accelerator, output / DATA if resume else None)
+        data, contents = prepare_data(config, accelerator, output / results.DATA)
         trainer = Trainer(build_adapted_model(config), data, config, output, accelerator)
         if accelerator.is_main_process:
             _warn(config, bool(trainer.alphas))
@@ -112,9 +102,9 @@ def train(
             trainer.resume()
         values = config.to_dict()
         if accelerator.is_main_process:
-            write_json(output / CONFIG, values)
-            write_json(output / DATA, dict(contents))
-        check_shared(output / DATA, accelerator)
+            write_json(output / results.CONFIG, values)
+            write_json(output / results.DATA, dict(contents))
+        check_shared(output / results.DATA, accelerator)
         stack.enter_context(tracked(accelerator, trackers, output, values, trainer.epoch + 1))
         trainer.run()
         result, pictures = _final_result(trainer)
@@ -123,6 +113,43 @@ def train(
             _write_results(trainer, result, pictures)
         accelerator.wait_for_everyone()
         return result
+
+
+def run_demo(output: Path, epochs: int, seed: int, resume: bool, random: bool) -> RunResult:
+    """The demo: a small SAM learns the tissues of the MNI152 brain on a CPU, in minutes.
+
+    Writes the data to ``output/data`` and the run to ``output``. The model is the pre-trained
+    ``vit_t`` in the package, or one with a random encoder and decoder. The encoder stays frozen;
+    the adapters and the decoder learn, at a rate that suits a run this short. A token of the
+    encoder covers 16 pixels, more than the folds of the brain are wide. So the network sees
+    enlarged windows of the slices.
+
+    Returns:
+        The content of metrics.json.
+
+    Raises:
+        UserError: as ``train``; nilearn, whose package holds the images, is not installed.
+    """
+    config = RunConfig(
+        seed=seed,
+        data=DataConfig(
+            dataset="mni152",
+            root=output / "data",
+            crop=DEMO_WINDOW,
+            num_classes=3,
+            class_names=("grey matter", "white matter"),
+        ),
+        model=ModelConfig("vit_t", checkpoint=NONE if random else None, image_size=256),
+        training=TrainConfig(
+            epochs=epochs,
+            learning_rate=1e-3,
+            mixed_precision="no",  # so that CPUs differ by rounding alone
+        ),
+    )
+    with locked(output):
+        check_output(resolve(config), output, resume)
+        write_mni152(output / "data")
+        return train(config, output, resume)
 
 
 def _warn(config: RunConfig, searches: bool) -> None:
@@ -159,8 +186,8 @@ def check_output(config: RunConfig, output: Path, resume: bool) -> None:
     Raises:
         UserError: ``output`` is not empty, or, with ``resume``, belongs to another configuration.
     """
-    if resume and (output / CONFIG).is_file():
-        stored = read_config(output / CONFIG)
+    if resume and (output / results.CONFIG).is_file():
+        stored = read_config(output / results.CONFIG)
         names = differing(stored.to_dict(), config.to_dict())
         if names:
             raise UserError(
@@ -168,8 +195,6 @@ def check_output(config: RunConfig, output: Path, resume: bool) -> None:
                 f"{', '.join(names)}); resume with the same one"
             )
         return
-    if output.exists() and not output.is_dir():
-        raise UserError(f"{output} is a file; choose another --output")
     # The demo keeps its data inside the run's folder.
     root = config.data.root
     own_data = "data" if root and root.resolve() == (output / "data").resolve() else None
@@ -196,11 +221,11 @@ def _final_result(trainer: Trainer) -> tuple[RunResult, list[Panel | Pictures]]:
     if frozen_dtype(config.training) != torch.float32:
         # Merging adds the update to the frozen weights, so it needs all their digits.
         trainer.model = build_frozen_model(config).to(accelerator.device)
-    load_adapter(trainer.model, adapter_folder(trainer.directory))
+    load_adapter(trainer.model, results.adapter_folder(trainer.directory))
     started = time.perf_counter()
     if accelerator.is_main_process:
         print("scoring the test images", file=sys.stderr)
-    kept = kept_epoch(trainer.history, config.training.keep)
+    kept = results.kept_epoch(trainer.history, config.training.keep)
     test = trainer.evaluate("test", metrics)
     modes = merge_modes(config.method, config.adapter)
     float32 = None
@@ -312,9 +337,9 @@ def _write_results(
 ) -> None:
     """Writes history.csv, operations.json, test_images.csv, metrics.json and, last, report.html."""
     output, operations = trainer.directory, trainer.operation_history()
-    write_rows(output / HISTORY, trainer.history)
+    write_rows(output / results.HISTORY, trainer.history)
     if operations is not None:
-        write_record(output / OPERATIONS_JSON, operations)
+        write_record(output / results.OPERATIONS_JSON, operations)
     # The Dice of each image, before and after each way of merging.
     scores = {"dice": result.test, "dice_float32": result.test_float32}
     scores |= {f"dice_{mode}": merged for mode, merged in result.test_merged.items()}
@@ -323,11 +348,11 @@ def _write_results(
         {"image": name, **{title: values[index] for title, values in dice.items()}}
         for index, name in enumerate(trainer.data["test"].names)
     ]
-    write_rows(output / TEST_IMAGES, rows)
-    checksum = file_checksum(output / HISTORY)
-    write_record(output / METRICS_JSON, replace(result, history_sha256=checksum))
+    write_rows(output / results.TEST_IMAGES, rows)
+    checksum = file_checksum(output / results.HISTORY)
+    write_record(output / results.METRICS_JSON, replace(result, history_sha256=checksum))
     write_report(
-        output / REPORT,
+        output / results.REPORT,
         config=trainer.run_config.to_dict(),
         result=result,
         history=trainer.history,

@@ -47,7 +47,7 @@ def prepare_data(
 
     The main process reads for all, as ``check_splits``.
 
-    ``record`` is the file in which a run that is resumed recorded its data; None for a new run.
+    ``record`` is the file in which a run that is resumed has recorded its data; it may not exist.
 
     Returns:
         The data set of each split, and what the files hold: nothing but in the main process.
@@ -102,14 +102,7 @@ def find_splits(config: RunConfig) -> dict[str, list[Sample]]:
 
 
 def check_with_progress(samples: Sequence[Sample], config: RunConfig) -> list[Content]:
-    """Reads every sample once, as ``read_contents``, and shows how far it has come.
-
-    Returns:
-        What the files of each sample hold.
-
-    Raises:
-        UserError: as ``read_contents``; the palette is invalid.
-    """
+    """What the files of each sample hold, as ``read_contents``; shows how far it has come."""
     found = read_contents(make_dataset(config, samples))
     return [*with_progress(found, "checking the data", len(samples))]
 
@@ -117,10 +110,8 @@ def check_with_progress(samples: Sequence[Sample], config: RunConfig) -> list[Co
 def check_splits(splits: dict[str, list[Sample]], config: RunConfig) -> Contents:
     """Reads every sample once, as ``check_with_progress``.
 
-    Warns of what ``warnings_about`` finds, and ``warnings_about_objects`` in a promptable run.
-
-    Raises:
-        UserError: as ``check_with_progress`` and ``warnings_about_objects``.
+    Warns of what ``warnings_about`` finds, and in a promptable run ``warnings_about_objects``,
+    which may also refuse the data.
     """
     found = iter(check_with_progress([s for split in splits.values() for s in split], config))
     contents = {name: [next(found) for _ in split] for name, split in splits.items()}

@@ -31,9 +31,7 @@ def build_adapted_model(config: RunConfig) -> AnySam:
     """Builds the model of a run before training.
 
     Its encoder has the pre-trained weights, frozen, and a fresh adapter. Its decoder is trainable.
-
-    Raises:
-        UserError: as ``build_frozen_model`` and ``apply``.
+    Errors as in ``build_frozen_model`` and ``apply``.
     """
     model = build_frozen_model(config)
     apply(config.method, model, config.adapter, config.seed)
@@ -45,11 +43,8 @@ def build_adapted_model(config: RunConfig) -> AnySam:
 
 
 def build_frozen_model(config: RunConfig) -> AnySam:
-    """Builds the model of a run without its adapter.
-
-    Raises:
-        UserError: as ``build_model``; the kernel backend cannot be used here.
-    """
+    """Builds the model of a run without its adapter. Raises a ``UserError`` as ``build_model``, or
+    if the kernel backend cannot be used here."""
     backend = getattr(config.adapter, "backend", None) or os.environ.get(ENVIRONMENT_VARIABLE)
     if backend:
         reasons = available_backends()
@@ -93,10 +88,8 @@ def count_parameters(model: AnySam) -> ParameterCounts:
 def keep_embeddings(encoder: nn.Module, cache: Cache, how: str) -> None:
     """Makes an encoder read the maps of an image that it has seen before, in any run.
 
-    Args:
-        encoder: a frozen encoder of ``build_image_encoder``; it is changed in place.
-        cache: where the maps are kept.
-        how: the weights and all else but the image that the maps depend on.
+    The frozen encoder is changed in place. ``how`` names the weights, and all else but the image
+    that the maps depend on.
     """
     forward: Any = encoder.forward
 

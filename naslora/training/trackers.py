@@ -11,14 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from accelerate import Accelerator
-from accelerate.tracking import (
-    CometMLTracker,
-    GeneralTracker,
-    MLflowTracker,
-    TensorBoardTracker,
-    WandBTracker,
-)
+from accelerate import Accelerator, tracking
 
 from naslora.choices import Tracker
 from naslora.errors import UserError
@@ -37,7 +30,7 @@ class _Kind(NamedTuple):
 
     package: str
     """What pip installs."""
-    make: Callable[[Path, int, str | None], GeneralTracker]
+    make: Callable[[Path, int, str | None], tracking.GeneralTracker]
     """Of the run's folder, its first epoch, and the identity of the run to continue, if any."""
     identity: Callable[[Any], str] | None
     """Of a tracker that has started."""
@@ -50,7 +43,7 @@ _KINDS: dict[Tracker, _Kind] = {
         "tensorboard",
         # Epochs of a killed run that the resumed one repeats are not shown twice.
         # A Ctrl-C inside the writer's queue can cost so many seconds; its default is 120.
-        lambda output, epoch, _: TensorBoardTracker(
+        lambda output, epoch, _: tracking.TensorBoardTracker(
             "tensorboard", output, purge_step=epoch, flush_secs=10
         ),
         None,
@@ -58,7 +51,7 @@ _KINDS: dict[Tracker, _Kind] = {
     ),
     "wandb": _Kind(
         "wandb",
-        lambda output, _, identity: WandBTracker(
+        lambda output, _, identity: tracking.WandBTracker(
             os.environ.get("WANDB_PROJECT", PROJECT),
             name=output.name,
             dir=os.environ.get("WANDB_DIR", str(output)),
@@ -70,13 +63,15 @@ _KINDS: dict[Tracker, _Kind] = {
     ),
     "mlflow": _Kind(
         "mlflow",
-        lambda output, _, identity: MLflowTracker(PROJECT, run_name=output.name, run_id=identity),
+        lambda output, _, identity: tracking.MLflowTracker(
+            PROJECT, run_name=output.name, run_id=identity
+        ),
         lambda tracker: tracker.active_run.info.run_id,
         "check MLFLOW_TRACKING_URI; sqlite:///mlflow.db is a local file",
     ),
     "comet": _Kind(
         "comet-ml",
-        lambda _, __, identity: CometMLTracker(
+        lambda _, __, identity: tracking.CometMLTracker(
             os.environ.get("COMET_PROJECT_NAME", PROJECT), experiment_key=identity
         ),
         lambda tracker: tracker.writer.get_key(),
@@ -86,11 +81,7 @@ _KINDS: dict[Tracker, _Kind] = {
 
 
 def check_trackers(names: Iterable[Tracker]) -> None:
-    """Refuses a tracker that is unknown or not installed.
-
-    Raises:
-        UserError: the message says what to install.
-    """
+    """Refuses a tracker that is unknown or not installed, and says what to install."""
     for name in names:
         kind = _KINDS[checked("tracker", name, Tracker)]
         if find_spec(kind.package.replace("-", "_")) is None:
@@ -140,11 +131,7 @@ def tracked(
 
 
 def log(accelerator: Accelerator, values: dict[str, float], epoch: int) -> None:
-    """Logs numbers of an epoch, in the main process.
-
-    Raises:
-        UserError: a tracker cannot log them.
-    """
+    """Logs numbers of an epoch, in the main process. A ``UserError`` says which tracker cannot."""
     for tracker in accelerator.trackers:
         with _one_line(tracker.name, "cannot log; --resume continues the run"):
             tracker.log(values, step=epoch)

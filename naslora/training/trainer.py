@@ -25,6 +25,7 @@ from accelerate.utils import gather_object
 from rich.console import Console
 from torch import Tensor
 
+from naslora import results
 from naslora.adapter.io.storage import base_checksum, trained_state, unshared, write_adapter
 from naslora.adapter.layer.alpha_search import param_groups
 from naslora.adapter.layer.cell import mixture_entropy
@@ -38,15 +39,7 @@ from naslora.errors import UserError
 from naslora.files import FORMAT, write_torch
 from naslora.methods import auxiliary_loss
 from naslora.records import to_json
-from naslora.results import (
-    ADAPTER,
-    LAST,
-    Epoch,
-    Mixture,
-    OperationHistory,
-    SplitScores,
-    kept_epoch,
-)
+from naslora.results import Epoch, Mixture, OperationHistory, SplitScores
 from naslora.sam.losses import WEIGHED, parse_terms
 from naslora.sam.precision import cast_frozen
 from naslora.sam.prompts import AnySam, PromptableSam
@@ -195,7 +188,7 @@ class Trainer:
         """Whether ``patience`` epochs did not better the best one, nor came before the search."""
         if not self.config.patience or not self.history:
             return False
-        best = kept_epoch(self.history, "best").epoch
+        best = results.kept_epoch(self.history, "best").epoch
         start = self.config.search_start if self.alphas else 0
         return self.epoch - max(best, start) >= self.config.patience
 
@@ -352,11 +345,15 @@ class Trainer:
     def _save(self, record: Epoch) -> None:
         """Writes the checkpoints; a kill at any moment leaves the previous ones whole."""
         if self.accelerator.is_main_process:
-            if kept_epoch(self.history, self.config.keep) is record:
+            if results.kept_epoch(self.history, self.config.keep) is record:
                 with self.average.in_use() if self.average else nullcontext():
                     state = {**unshared(trained_state(self.model)), **annealed(self.model)}
-                    write_adapter(self.model, self.directory / ADAPTER, state, self.base_checksum)
-            write_torch(self.directory / LAST, {"version": FORMAT, **to_json(self._state())})
+                    write_adapter(
+                        self.model, self.directory / results.ADAPTER, state, self.base_checksum
+                    )
+            write_torch(
+                self.directory / results.LAST, {"version": FORMAT, **to_json(self._state())}
+            )
         self.accelerator.wait_for_everyone()
 
     def _state(self) -> LastState:
@@ -378,7 +375,7 @@ class Trainer:
         Raises:
             UserError: the checkpoint is damaged or belongs to another run. Nothing is changed.
         """
-        path = self.directory / LAST
+        path = self.directory / results.LAST
         if not path.exists():
             return
         try:
