@@ -4,6 +4,7 @@ import copy
 import pickle
 from dataclasses import asdict, replace
 
+import definition
 import numpy as np
 import pytest
 import torch
@@ -27,27 +28,14 @@ from naslora.adapter.layer.modules import adapter_layers
 from naslora.adapter.merging.merged import restore_merged
 from naslora_kernels import OPERATIONS
 
-AVG_POOL, MAX_POOL = (OPERATIONS.index(name) for name in ("avg_pool_3x3", "max_pool_3x3"))
-SKIP = OPERATIONS.index("skip_connect")
 
-
-def centre_map(layer: NASLoRALinear) -> np.ndarray:
+def centre_map(layer: NASLoRALinear) -> torch.Tensor:
     """M (r, r) of mode "center", from its definition: what each operation does with one token."""
-    mixture = np.exp(layer.alpha.detach().double().numpy())
-    mixture /= mixture.sum()
-    matrix = np.eye(layer.rank)
-    channels = layer.channels.numpy()
-    block = (mixture[SKIP] + mixture[AVG_POOL] / 9) * np.eye(len(channels))
-    names = ("dw_sep3", "dw_sep5", "dw_dil3", "dw_dil5")
-    for i, name in enumerate(names):
-        depthwise = getattr(layer.cell, name).detach().double().numpy()
-        middle = depthwise.shape[-1] // 2
-        pointwise = layer.cell.pw[i].detach().double().numpy()
-        block += mixture[i] * pointwise * depthwise[:, middle, middle]
-    for row, out in enumerate(channels):
-        for column, source in enumerate(channels):
-            matrix[out, source] = block[row, column]
-    return matrix
+    alpha, pw, *depthwise = (
+        value.detach().double() for value in (layer.alpha, layer.cell.pw, *layer.cell.depthwise)
+    )
+    units = torch.eye(layer.rank, dtype=torch.float64)[:, None, None]  # as maps of one pixel
+    return definition.cell(units, alpha, depthwise, pw, layer.channels, share=0)[:, 0, 0].T
 
 
 # ---------------------------------------------------------------- exact
@@ -161,10 +149,9 @@ def test_center_is_the_original_module_with_the_folded_weight(options, channels)
     layer = model.qkv
     if channels:
         layer.channels.copy_(torch.tensor(channels))
-    token_map = centre_map(layer) if options["channel_ratio"] else np.eye(3)
-    update = layer.lora_B.detach().double().numpy() @ token_map
-    update = update @ layer.lora_A.detach().double().numpy()
-    expected = layer.base.weight.double() + layer.scaling * torch.from_numpy(update)
+    token_map = centre_map(layer) if options["channel_ratio"] else torch.eye(3).double()
+    update = layer.lora_B.double() @ token_map @ layer.lora_A.double()
+    expected = layer.base.weight.double() + layer.scaling * update
     merge(model, "center")
     assert type(model.qkv) is nn.Linear
     # Summed in float64 and rounded once; weights are below 1.
