@@ -1,5 +1,6 @@
 """Analysis of a run: attention distances and amplitudes by hand, and the command's folder."""
 
+import itertools
 import math
 
 import numpy as np
@@ -8,6 +9,7 @@ import torch
 from conftest import csv_rows, succeed, write_data
 from PIL import Image
 from run_configs import run_config
+from scipy.spatial.distance import cdist
 from segment_anything.modeling.image_encoder import Attention
 
 from naslora.errors import UserError
@@ -40,9 +42,8 @@ def test_a_weight_that_moves_to_skip_keeps_the_sum():
 
 def mean_distances(side: int) -> np.ndarray:
     """(side, side): the mean distance of each cell of a grid to all, itself included."""
-    cells = [(i, j) for i in range(side) for j in range(side)]
-    means = [np.mean([math.dist(a, b) for b in cells]) for a in cells]
-    return np.array(means).reshape(side, side)
+    cells = list(itertools.product(range(side), range(side)))
+    return cdist(cells, cells).mean(1).reshape(side, side)
 
 
 @pytest.mark.parametrize("side", [1, 4, 7])

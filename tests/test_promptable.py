@@ -12,6 +12,7 @@ from PIL import Image
 from segment_anything import SamAutomaticMaskGenerator, SamPredictor
 from segment_anything.modeling import ImageEncoderViT
 
+from bench.families import transformers_model
 from naslora.data.masks import IGNORED
 from naslora.data.objects import choose_objects, components, count_objects, numbered
 from naslora.data.regions import Drawing, Instance, draw_objects
@@ -240,13 +241,11 @@ def test_the_exported_model_is_sam(run, tmp_path):
 
 def hugging_face_sam():
     """SAM of transformers, of the size of the tiny model."""
-    from transformers import SamConfig, SamModel
-
     vision = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "mlp_dim": 128}
     vision |= {"image_size": SIZE, "global_attn_indexes": [1]}
-    parts = {"prompt_encoder_config": {"image_size": SIZE}}
+    parts = {"vision_config": vision, "prompt_encoder_config": {"image_size": SIZE}}
     parts["mask_decoder_config"] = {"num_hidden_layers": 1, "mlp_dim": 64}
-    return SamModel(SamConfig(vision_config=vision, **parts)).eval()
+    return transformers_model("SamModel", **parts).eval()
 
 
 # --- What is refused, and what is said ---
