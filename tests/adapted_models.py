@@ -96,6 +96,12 @@ def images(seed: int = 5) -> torch.Tensor:
     return tokens(2, 3, SIZE, SIZE, seed=seed)
 
 
+@torch.no_grad()
+def outputs(model: nn.Module) -> torch.Tensor:
+    """What a model makes of ``images``."""
+    return model(images())
+
+
 def smooth_images(count: int, seed: int) -> torch.Tensor:
     """Images whose neighbouring tokens are alike, as in photographs."""
     noise = tokens(count, 3, 5, 5, seed=seed)

@@ -14,6 +14,7 @@ from adapted_models import (
     build_encoder,
     images,
     named,
+    outputs,
     relative,
     snapshot,
     stir,
@@ -75,21 +76,20 @@ def test_exact_equals_the_unmerged_layer(preset, ratio, dtype):
 def test_exact_equals_the_unmerged_encoder(preset, ratio):
     """In training mode too: errors are measured, and the merged cell stays, in evaluation mode."""
     model = adapted_encoder(preset=preset, channel_ratio=ratio)
-    with torch.no_grad():
-        expected = model(images())
-        assert relative(build_encoder()(images()) - expected, expected) > 1e-3
-        generator = torch.get_rng_state()
-        assert merge(model.train()).max_update_error < 1e-5
-        assert torch.equal(torch.get_rng_state(), generator)
-        assert torch.equal(model(images()), merged := model.eval()(images()))
-        # Two blocks and the neck propagate the rounding of a layer.
-        assert relative(merged - expected, expected) < 1e-5
+    expected = outputs(model)
+    assert relative(outputs(build_encoder()) - expected, expected) > 1e-3
+    generator = torch.get_rng_state()
+    assert merge(model.train()).max_update_error < 1e-5
+    assert torch.equal(torch.get_rng_state(), generator)
+    assert torch.equal(outputs(model), merged := outputs(model.eval()))
+    # Two blocks and the neck propagate the rounding of a layer.
+    assert relative(merged - expected, expected) < 1e-5
+    unmerge(model)
+    assert merge(model.train(), "exact", [images()]).max_update_error < 1e-5
+    if ratio == 0:  # there is nothing to fit
         unmerge(model)
-        assert merge(model.train(), "exact", [images()]).max_update_error < 1e-5
-        if ratio == 0:  # there is nothing to fit
-            unmerge(model)
-            merge(model.eval(), "calibrated", [images(seed) for seed in range(8)])
-            assert relative(model(images()) - expected, expected) < 1e-5
+        merge(model.eval(), "calibrated", [images(seed) for seed in range(8)])
+        assert relative(outputs(model) - expected, expected) < 1e-5
 
 
 def test_a_declared_grid_survives():
@@ -162,6 +162,7 @@ def test_center_is_the_original_module_with_the_folded_weight(options, channels)
 # ---------------------------------------------------------------- reports
 
 
+@torch.no_grad()
 def test_report_on_calibration_batches():
     """Sums over all batches of each layer's inputs in the unmerged model."""
     model = adapted_encoder().train()
@@ -173,18 +174,16 @@ def test_report_on_calibration_batches():
         recorded.get_submodule(name).register_forward_hook(
             lambda _, inputs, output, name=name: seen[name].append((inputs[0], output))
         )
-    with torch.no_grad():
-        for batch in batches:
-            recorded(batch)
+    for batch in batches:
+        recorded(batch)
     report = merge(model, "center", calibration=iter(batches))
     assert report.source == "calibration images"
     assert [error.name for error in report.layers] == list(layers)
     for error in report.layers:
         sums = np.zeros(3)
         for x, h in seen[error.name]:
-            with torch.no_grad():
-                difference = model.get_submodule(error.name)(x) - h
-                update = h - layers[error.name].base(x)
+            difference = model.get_submodule(error.name)(x) - h
+            update = h - layers[error.name].base(x)
             sums += [float(v.double().square().sum()) for v in (difference, update, h)]
         assert error.update_error == pytest.approx((sums[0] / sums[1]) ** 0.5, rel=1e-4)
         assert error.output_error == pytest.approx((sums[0] / sums[2]) ** 0.5, rel=1e-4)
@@ -261,8 +260,7 @@ def test_a_merged_model_carries_no_originals(mode):
         held |= {"mixture.kernel", "mixture.pooling"}
         assert layer.lora_A.shape == (2, 32) and layer.lora_B.shape == (96, 2)
     assert set(layer.state_dict()) == held
-    with torch.no_grad():
-        assert torch.equal(twin(images()), model(images()))
+    assert torch.equal(outputs(twin), outputs(model))
     with pytest.raises(UserError, match="it was read from a file"):
         unmerge(pickle.loads(pickle.dumps(model)))
 
@@ -276,9 +274,7 @@ def test_a_deep_copy_can_be_unmerged(mode):
     """The layers of a copy are as they were when it was copied, and they are its own."""
     model = adapted_encoder()
     layers = dict(adapter_layers(model))
-    before = adapters(model)
-    with torch.no_grad():
-        expected = model(images())
+    before, expected = adapters(model), outputs(model)
     merge(model, mode)
     twins = [copy.deepcopy(model), copy.deepcopy(copy.deepcopy(model))]
     unmerge(model)
@@ -288,8 +284,7 @@ def test_a_deep_copy_can_be_unmerged(mode):
         unmerge(twin)
         assert all(torch.equal(before[n], v) for n, v in adapters(twin).items())
         assert not {*twin.parameters()} & {*model.parameters()}
-        with torch.no_grad():
-            assert torch.equal(twin(images()), expected)
+        assert torch.equal(outputs(twin), expected)
     assert not {*twins[0].parameters()} & {*twins[1].parameters()}
 
 
