@@ -7,9 +7,8 @@ import miniatures
 import pytest
 import yaml
 from conftest import scores_of, succeed
-from hypothesis import given
 from hypothesis import strategies as st
-from reliability.conftest import draws
+from reliability.conftest import fuzz
 from run_configs import run_config
 
 from naslora.errors import UserError
@@ -126,8 +125,6 @@ RECIPES = st.dictionaries(st.sampled_from(NAMES), VALUES | SETTINGS, max_size=3)
 def test_any_recipe_is_read_or_refused_in_one_line(tmp_path, examples):
     path = tmp_path / "own.yaml"
 
-    @draws(examples)
-    @given(RECIPES, st.sampled_from(NAMES), VALUES)
     def check(recipe, name, value):
         path.write_text(yaml.safe_dump(recipe), encoding="utf-8")
         stored = json.loads(json.dumps(DEFAULTS))
@@ -142,4 +139,4 @@ def test_any_recipe_is_read_or_refused_in_one_line(tmp_path, examples):
             except UserError as error:
                 assert "\n" not in str(error) and len(str(error)) < 1000
 
-    check()
+    fuzz(examples, check, recipe=RECIPES, name=st.sampled_from(NAMES), value=VALUES)

@@ -13,6 +13,7 @@ import pytest
 import torch
 from hypothesis import strategies as st
 from kernel_cases import (
+    DTYPES,
     LAYOUTS,
     TARGETS,
     Case,
@@ -26,6 +27,7 @@ from torch.autograd import forward_ad
 
 import naslora_kernels
 from naslora_kernels import mixed_cell, nas_lora_linear, rel_pos_attention
+from reliability.conftest import fuzz
 
 pytestmark = only_cpp
 
@@ -156,9 +158,12 @@ CALLS = {
 }
 
 
+@pytest.mark.parametrize("calls", [500, pytest.param(20_000, marks=pytest.mark.campaign)])
 @pytest.mark.parametrize("call", CALLS)
-def test_channels_written_by_another_thread(call):
-    assert hammer(CALLS[call](), 500) > 0
+def test_channels_written_by_another_thread(call, calls):
+    refused = hammer(CALLS[call](), calls)
+    print(f"{call}: {refused} of {calls} calls refused")
+    assert refused > 0
 
 
 @pytest.mark.parametrize("target", TARGETS[1:])
@@ -238,7 +243,6 @@ def test_saved_tensors_that_change(target, function, name, change):
 # ---- Random calls --------------------------------------------------------------------------------
 
 SPECIAL = (0.0, -0.0, float("inf"), float("-inf"), float("nan"), 1e-45, 6e-8, 65504.0, 3.4e38)
-DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 class Subclass(torch.Tensor):
@@ -317,20 +321,6 @@ def agrees_with_reference(case, needed, results):
             assert error <= 100 * unit, f"{name}: error {error:.3g}, unit {unit:.3g}"
 
 
-def fuzz(examples):
-    """Random examples, the same in every run; NASLORA_FUZZ_SEED gives others."""
-    seed_of_run = hypothesis.seed(int(os.environ.get("NASLORA_FUZZ_SEED", "0")))
-    checks = list(hypothesis.HealthCheck)
-    run = hypothesis.settings(
-        max_examples=examples,
-        deadline=None,
-        database=None,
-        suppress_health_check=checks,
-        phases=(hypothesis.Phase.generate,),
-    )
-    return lambda test: seed_of_run(run(hypothesis.given(st.data())(test)))
-
-
 def random_call(data):
     """Runs one random call of a public function by ``cpp``, forward and backward.
 
@@ -398,28 +388,16 @@ WRONG = (
 )
 
 
-@fuzz(60)
-def test_random_calls(data):
-    random_call(data)
+MANY = int(os.environ.get("NASLORA_FUZZ_CALLS", "10000"))
+RANDOM = [(random_call, 60), (operator_call, 100)]
+RANDOM += [pytest.param(call, MANY, marks=pytest.mark.campaign) for call, _ in RANDOM]
 
 
-@fuzz(100)
-def test_operators_of_wrong_sizes(data):
-    operator_call(data)
-
-
-@pytest.mark.campaign
-@pytest.mark.parametrize("call", [random_call, operator_call])
-def test_ten_thousand_random_calls(call):
-    fuzz(int(os.environ.get("NASLORA_FUZZ_CALLS", "10000")))(lambda data: call(data))()
-
-
-@pytest.mark.campaign
-@pytest.mark.parametrize("call", CALLS)
-def test_channels_written_by_another_thread_for_long(call):
-    refused = hammer(CALLS[call](), 20000)
-    print(f"{call}: {refused} of 20000 calls refused")
-    assert refused > 0
+@pytest.mark.parametrize("call, examples", RANDOM)
+def test_random_calls(call, examples):
+    """The same in every run; NASLORA_FUZZ_SEED gives others."""
+    seeded = hypothesis.seed(int(os.environ.get("NASLORA_FUZZ_SEED", "0")))
+    fuzz(examples, seeded(call), data=st.data())
 
 
 # ---- Derivatives that the kernels do not have ----------------------------------------------------
