@@ -17,6 +17,8 @@ from torch import nn
 
 from naslora import NASLoRAConfig, inject
 from naslora.adapter.layer.modules import adapter_layers
+from naslora.sam.export import Description
+from naslora.sam.segmentation import SamForSegmentation
 
 SIZE, DEPTH = 64, 2
 
@@ -27,6 +29,12 @@ def build_encoder(depth: int = DEPTH, **options) -> ImageEncoderViT:
     sizes = {"img_size": SIZE, "embed_dim": 32, "num_heads": 2, "out_chans": 16, "window_size": 3}
     sizes |= {"use_rel_pos": True, "global_attn_indexes": (1,), **options}
     return ImageEncoderViT(depth=depth, **sizes).eval()
+
+
+def description(model: SamForSegmentation, part: str = "model") -> Description:
+    """Of an exported model."""
+    names = tuple(f"class {k}" for k in range(1, max(model.num_classes, 2)))
+    return Description(model.name, model.image_size, model.num_classes, names, part)
 
 
 def named(**parts: nn.Module) -> nn.Sequential:

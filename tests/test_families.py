@@ -9,7 +9,7 @@ import re
 import numpy as np
 import pytest
 import torch
-from adapted_models import randomize
+from adapted_models import description, randomize
 from safetensors.torch import load_file, save_file
 from sam_families import (
     SMALL,
@@ -29,7 +29,7 @@ from naslora import UserError, merge
 from naslora.adapter.layer.modules import adapter_layers
 from naslora.methods import METHODS, apply
 from naslora.sam.encoders import checkpoint_blocks
-from naslora.sam.export import Description, export
+from naslora.sam.export import export
 from naslora.sam.families import FAMILIES, find_family
 from naslora.sam.runtimes import load_class_map
 from naslora.sam.segmentation import SamForSegmentation, build_model, labels_of
@@ -60,10 +60,6 @@ def folder(tmp_path_factory):
         return made
 
     return folder_of
-
-
-def description(model: SamForSegmentation, part="model") -> Description:
-    return Description(model.name, model.image_size, model.num_classes, ("object",), part)
 
 
 # ---------------------------------------------------------------- the same masks

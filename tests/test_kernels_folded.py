@@ -15,6 +15,7 @@ from kernel_cases import (
     Target,
     assert_as_good_as_reference,
     cell_case,
+    drawing,
     few_costly,
     layer_case,
 )
@@ -42,7 +43,7 @@ WEIGHTS = {"average": 0.2, "maximum": 0.3}
 
 
 def draw(*shape, seed=0):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return drawing(seed)[1](shape)
 
 
 def case_of(function, shapes, weights):
