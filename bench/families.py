@@ -19,6 +19,7 @@ import torch
 from segment_anything.modeling import ImageEncoderViT
 from torch import Tensor, nn
 
+from bench.gpu.resources import markdown
 from naslora import NASLoRAConfig, inject, load_adapter, merge, save_adapter
 from naslora.adapter.layer.modules import adapter_layers
 from naslora.errors import UserError
@@ -191,8 +192,8 @@ def row(host: Host) -> list[str]:
         yes(saves(host, x)),
         ", ".join(merges(host, x)),
         oblong(host),
-        yes(half(host, x)),
-        attention(host),
+        yes(gradients(adapted(host, host.size).bfloat16(), x.bfloat16())),  # finite, too
+        attention(host, x),
     ]
 
 
@@ -221,7 +222,7 @@ def same_outputs(host: Host, x: Tensor) -> str:
 
 
 def gradients(model: nn.Module, x: Tensor) -> bool:
-    """Whether every parameter of every adapter gets a gradient."""
+    """Whether every parameter of every adapter gets a gradient that is finite."""
     first(model(x)).float().square().mean().backward()
     parameters = [p for _, layer in adapter_layers(model) for p in layer.parameters()]
     gradients = [p.grad for p in parameters if p.requires_grad]
@@ -274,15 +275,8 @@ def oblong(host: Host) -> str:
     return yes(bool(first(adapted(host, host.oblong)(x)).isfinite().all()))
 
 
-def half(host: Host, x: Tensor) -> bool:
-    """Whether bfloat16 weights give finite outputs and gradients."""
-    model = adapted(host, host.size).bfloat16()
-    return gradients(model, x.bfloat16())
-
-
-def attention(host: Host) -> str:
+def attention(host: Host, x: Tensor) -> str:
     """Whether ``fuse_attention`` knows the encoder, and gives the same output if it does."""
-    x = images(host.size)
     model = adapted(host, host.size)
     before = first(model(x))
     try:
@@ -298,11 +292,5 @@ def attention(host: Host) -> str:
     return "fused"
 
 
-def table() -> str:
-    """The whole table in Markdown."""
-    rows = [HEAD, ["--"] * len(HEAD), *map(row, HOSTS)]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in rows)
-
-
 if __name__ == "__main__":
-    print(table())
+    print(markdown(HEAD, map(row, HOSTS)))
