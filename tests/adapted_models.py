@@ -13,7 +13,10 @@ from segment_anything.modeling import (
     Sam,
     TwoWayTransformer,
 )
-from torch import nn
+from torch import distributed, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from naslora import NASLoRAConfig, inject
 from naslora.adapter.layer.modules import adapter_layers
@@ -114,6 +117,27 @@ def smooth_images(count: int, seed: int) -> torch.Tensor:
     """Images whose neighbouring tokens are alike, as in photographs."""
     noise = tokens(count, 3, 5, 5, seed=seed)
     return F.interpolate(noise, (SIZE, SIZE), mode="bicubic")
+
+
+class Calls(TorchDispatchMode):
+    """Collects the arguments of the calls of an operator."""
+
+    def __init__(self, operator: object) -> None:
+        super().__init__()
+        self.operator, self.arguments = operator, []
+
+    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+        if function is self.operator:
+            self.arguments.append(arguments)
+        return function(*arguments, **(keywords or {}))
+
+
+def shard(model: nn.Module, parts: bool = True) -> nn.Module:
+    """FSDP2 over the processes of the group, with ``parts`` of each block by itself."""
+    mesh = init_device_mesh("cpu", (distributed.get_world_size(),))
+    for block in model.blocks if parts else ():
+        fully_shard(block, mesh=mesh)
+    return fully_shard(model, mesh=mesh)
 
 
 def relative(difference: torch.Tensor, reference: torch.Tensor) -> float:

@@ -2,7 +2,9 @@
 
 import json
 from pathlib import Path
+from unittest import mock
 
+import msgspec
 import numpy as np
 import pytest
 import torch
@@ -21,7 +23,9 @@ from naslora.sam import prompts
 from naslora.sam.encoders import build_image_encoder
 from naslora.sam.promptable import build_promptable
 from naslora.trained import load_model
-from naslora.training.interactive import InteractiveLoss, objects_of
+from naslora.training import trainer
+from naslora.training.clicks import _next_clicks
+from naslora.training.interactive import InteractiveLoss, Objects, Prompts, objects_of
 
 pytestmark = pytest.mark.usefixtures("tiny_sam")
 
@@ -31,9 +35,13 @@ def run(tiny_sam, tmp_path_factory):
     """A finished run on squares, two in each image; tests only read it."""
     root = tmp_path_factory.mktemp("promptable")
     write_squares(root / "data")
-    command = ("train", "--task", "promptable", "--data", root / "data", *TRAIN)
-    succeed(*command, "--clicks", "3", "--train-prompt-encoder", "--output", root / "run")
+    succeed(*command_of(root / "data", root / "run"))
     return root / "run"
+
+
+def command_of(data: Path, output: Path) -> tuple:
+    command = ("train", "--task", "promptable", "--data", data, *TRAIN, "--output", output)
+    return (*command, "--clicks", "3", "--train-prompt-encoder")
 
 
 def write_squares(root: Path, values=(7, 300), size=SIZE) -> Path:
@@ -82,8 +90,6 @@ def test_objects_are_drawn_anew_in_each_epoch_and_are_not_too_small():
 
 
 def test_coco_instances_overlap_and_crowds_are_left_out():
-    import msgspec
-
     def square(x, y, side, **more):
         corners = [x, y, x + side, y, x + side, y + side, x, y + side]
         return Instance(0, 0, [list(map(float, corners))], **more)
@@ -157,15 +163,9 @@ def test_a_run_has_scores_by_clicks_beside_the_untouched_model(run):
 
 
 def test_a_run_resumes_to_the_same_bits(run, tmp_path):
-    command = ("train", "--task", "promptable", "--data", run.parent / "data", *TRAIN)
-    command = (*command, "--clicks", "3", "--train-prompt-encoder", "--output", tmp_path / "run")
-    from naslora.training import trainer
-
-    class Stop(Exception):
-        pass
-
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(Stop):
-        patch.setattr(trainer, "log", lambda *_: (_ for _ in ()).throw(Stop))
+    command = command_of(run.parent / "data", tmp_path / "run")
+    stop = mock.patch.object(trainer, "log", side_effect=ArithmeticError)
+    with stop, pytest.raises(ArithmeticError):
         call(*command)
     succeed(*command, "--resume")
     ours, theirs = (read_safetensors(next(p.glob("adapter/*.s*"))) for p in (run, tmp_path / "run"))
@@ -177,9 +177,6 @@ def test_a_run_resumes_to_the_same_bits(run, tmp_path):
 
 def test_clicks_are_the_centres_of_the_largest_errors():
     """The masks are what a prediction would have to be; the logits are made from them."""
-    from naslora.training.clicks import _next_clicks
-    from naslora.training.interactive import Objects, Prompts
-
     truth, predicted = np.zeros((20, 20), bool), np.zeros((20, 20), bool)
     truth[2:9, 3:10] = True  # 7 x 7, its centre is (6, 5)
     none = Prompts(torch.zeros(1, 1, 2), torch.full((1, 1), -1))

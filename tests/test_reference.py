@@ -187,13 +187,8 @@ def test_folded_convolution_has_41_taps_and_equals_the_operations():
 # ---------------------------------------------------------------- checks
 
 
-def cell_arguments(**changes):
-    case = make("cell", (2, 3, 4), 3, 2).to(torch.float32)
-    return {**case.arguments, "channels": torch.tensor([2, 0]), **changes}
-
-
-def layer_arguments(**changes):
-    case = make("layer", (2, 3, 4), 3, 2).to(torch.float32)
+def arguments_of(function, **changes):
+    case = make(function, (2, 3, 4), 3, 2).to(torch.float32)
     return {**case.arguments, **case.options, "channels": torch.tensor([2, 0]), **changes}
 
 
@@ -227,14 +222,14 @@ BAD_LAYERS = [
     ("scaling", 10**400, ValueError, ["finite", "int beyond"]),
     ("backend", ("cpp",), TypeError, ["a name or None", "tuple"]),
 ]
-BAD = [(mixed_cell, cell_arguments, *case) for case in BAD_CELLS]
-BAD += [(nas_lora_linear, layer_arguments, *case) for case in BAD_LAYERS]
+BAD = [*(("cell", *case) for case in BAD_CELLS), *(("layer", *case) for case in BAD_LAYERS)]
 
 
-@pytest.mark.parametrize("function, arguments, name, value, kind, fragments", BAD)
-def test_bad_arguments_are_named(function, arguments, name, value, kind, fragments):
+@pytest.mark.parametrize("function, name, value, kind, fragments", BAD)
+def test_bad_arguments_are_named(function, name, value, kind, fragments):
+    call = mixed_cell if function == "cell" else nas_lora_linear
     with pytest.raises(kind) as error:
-        function(**arguments(**{name: value}))
+        call(**arguments_of(function, **{name: value}))
     message = str(error.value)
     assert message.startswith(f"{name}:") and "expected" in message and "got" in message
     assert "\n" not in message and all(fragment in message for fragment in fragments)
@@ -255,7 +250,7 @@ def test_16_bit_maps_take_float32_adapters_but_no_float32_base():
 def test_channels_are_checked_again(mode):
     """After a change in place, and at another rank."""
     with mode():
-        arguments = cell_arguments()
+        arguments = arguments_of("cell")
         mixed_cell(**arguments)
         with pytest.raises(ValueError, match=r"0\.\.1"):
             mixed_cell(**arguments | {"z": torch.zeros(1, 2, 2, 2)})
@@ -290,7 +285,7 @@ def fake_backend(monkeypatch):
 
 
 def served_by_fake(dtype=torch.float32, **named):
-    arguments = cell_arguments()
+    arguments = arguments_of("cell")
     tensors = {name: arguments[name].to(dtype) for name in ("z", *CELL)}
     return bool((mixed_cell(**arguments | tensors, **named) == 42.0).all())
 

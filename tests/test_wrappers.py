@@ -6,10 +6,18 @@ import os
 import adapted_models
 import pytest
 import torch
-from adapted_models import adapted_encoder, build_encoder, images, outputs, randomize, snapshot
+from adapted_models import (
+    adapted_encoder,
+    build_encoder,
+    images,
+    outputs,
+    randomize,
+    shard,
+    snapshot,
+)
 from conftest import in_two_processes
 from safetensors.torch import load_file
-from torch import distributed, nn
+from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.optim.swa_utils import AveragedModel
 
@@ -137,16 +145,6 @@ def test_fsdp1_is_refused(single_process_group):
 
 
 # ---------------------------------------------------------------- FSDP2
-
-
-def shard(model: nn.Module, parts: bool = True) -> nn.Module:
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
-
-    mesh = init_device_mesh("cpu", (distributed.get_world_size(),))
-    for block in model.blocks if parts else ():
-        fully_shard(block, mesh=mesh)
-    return fully_shard(model, mesh=mesh)
 
 
 def check_fsdp2(folder, parts: bool) -> None:
