@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 import torch
 from adapted_models import original_sam
-from conftest import SIZE, TRAIN, call, refusal, succeed
+from conftest import SIZE, TRAIN, call, refusal, succeed, write_pairs
 from PIL import Image
+from scipy import ndimage
 from segment_anything import SamAutomaticMaskGenerator, SamPredictor
 from segment_anything.modeling import ImageEncoderViT
 
@@ -34,7 +35,7 @@ pytestmark = pytest.mark.usefixtures("tiny_sam")
 def run(tiny_sam, tmp_path_factory):
     """A finished run on squares, two in each image; tests only read it."""
     root = tmp_path_factory.mktemp("promptable")
-    write_squares(root / "data")
+    write_pairs(root / "data", squares, train=4, val=2, test=2)
     succeed(*command_of(root / "data", root / "run"))
     return root / "run"
 
@@ -44,24 +45,13 @@ def command_of(data: Path, output: Path) -> tuple:
     return (*command, "--clicks", "3", "--train-prompt-encoder")
 
 
-def write_squares(root: Path, values=(7, 300), size=SIZE) -> Path:
-    """Images with two bright squares, and label images of 16 bits."""
-    (root / "images").mkdir(parents=True)
-    rng = np.random.default_rng(0)
-    for split, count in {"train": 4, "val": 2, "test": 2}.items():
-        lines = ["image,label"]
-        for i in range(count):
-            mask = np.zeros((size, size), np.uint16)
-            for value, left in zip(values, (2, size // 2 + 2), strict=True):
-                top = rng.integers(2, size - 12)
-                mask[top : top + 9, left : left + 9] = value
-            image = 180 * (mask > 0)[..., None] + rng.integers(0, 50, (size, size, 3))
-            Image.fromarray(image.astype(np.uint8)).save(root / f"images/{split}{i}.png")
-            Image.fromarray(255 * (mask > 0).astype(np.uint8)).save(root / f"{split}{i}.png")
-            Image.fromarray(mask).save(root / f"{split}{i}-numbers.png")
-            lines.append(f"images/{split}{i}.png,{split}{i}.png")
-        (root / f"{split}.csv").write_text("\n".join(lines) + "\n")
-    return root
+def squares(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """An image with two bright squares, and its mask."""
+    mask = np.zeros((SIZE, SIZE), np.uint8)
+    for left in (2, SIZE // 2 + 2):
+        top = rng.integers(2, SIZE - 12)
+        mask[top : top + 9, left : left + 9] = 1
+    return 180 * mask[..., None] + rng.integers(0, 50, (SIZE, SIZE, 3)), 255 * mask
 
 
 # --- Objects ---
@@ -262,11 +252,14 @@ def test_commands_that_do_not_fit_cost_a_line(command, run, tmp_path):
 
 
 def numbers_of(data: Path, folder: Path) -> Path:
-    """The same data with label images."""
+    """The same data with label images of 16 bits."""
+    for path in (data / "masks").iterdir():
+        parts, _ = ndimage.label(np.asarray(Image.open(path)))
+        Image.fromarray(np.array([0, 7, 300], np.uint16)[parts]).save(folder / path.name)
     for split in ("train", "val", "test"):
-        images = [line.split(",")[0] for line in (data / f"{split}.csv").read_text().splitlines()]
-        rows = [f"{data}/{image},{data}/{Path(image).stem}-numbers.png" for image in images[1:]]
-        (folder / f"{split}.csv").write_text("\n".join(["image,label", *rows]) + "\n")
+        text = (data / f"{split}.csv").read_text()
+        text = text.replace("images/", f"{data}/images/").replace("masks/", f"{folder}/")
+        (folder / f"{split}.csv").write_text(text)
     return folder
 
 
