@@ -377,14 +377,6 @@ def test_random_calls(call, examples):
 # ---- Derivatives that the kernels do not have ----------------------------------------------------
 
 
-def vmap(function, leaf):
-    return torch.func.vmap(function)(torch.stack([leaf, 2 * leaf]))
-
-
-def jvp(function, leaf):
-    return torch.func.jvp(function, (leaf,), (leaf.cos(),))[1]
-
-
 def dual(function, leaf):
     with forward_ad.dual_level():
         result = function(forward_ad.make_dual(leaf, leaf.cos()))
@@ -392,8 +384,8 @@ def dual(function, leaf):
 
 
 TRANSFORMS = {
-    "vmap": vmap,
-    "jvp": jvp,
+    "vmap": lambda function, leaf: torch.func.vmap(function)(torch.stack([leaf, 2 * leaf])),
+    "jvp": lambda function, leaf: torch.func.jvp(function, (leaf,), (leaf.cos(),))[1],
     "forward-mode": dual,
     "grad": lambda function, leaf: torch.func.grad(lambda t: function(t).square().sum())(leaf),
     "batched backward": lambda function, leaf: torch.autograd.functional.jacobian(
