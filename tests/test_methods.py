@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from adapted_models import differing, state_of, stir
 from conftest import SHORT, scores_of, succeed, write_data
+from segment_anything.modeling.image_encoder import add_decomposed_rel_pos
 from torch import nn
 
 from naslora import NASLoRAConfig, UserError, load_adapter, save_adapter, unmerge
@@ -465,20 +466,14 @@ def prompted_attention(block, tokens):
     """(H, W, C): the image's rows of plain attention over [prompts, tokens] of one window."""
     attn, heads = block.attn, block.attn.num_heads
     height, width, channels = tokens.shape
-    head = channels // heads
     both = torch.cat([block.norm1(block.prompts), tokens.reshape(-1, channels)])  # (12 + N, C)
-    q, k, v = attn.qkv(both).split(channels, dim=1)
-    places = [(row, column) for row in range(height) for column in range(width)]
-    outputs = []
-    for part in (slice(h * head, (h + 1) * head) for h in range(heads)):
-        logits = q[:, part] @ k[:, part].T / head**0.5
-        bias = torch.zeros_like(logits)
-        for i, (row, column) in enumerate(places):
-            for j, (other_row, other_column) in enumerate(places):
-                r_h = attn.rel_pos_h[row - other_row + height - 1]
-                r_w = attn.rel_pos_w[column - other_column + width - 1]
-                bias[12 + i, 12 + j] = q[12 + i, part] @ (r_h + r_w)
-        outputs.append((logits + bias).softmax(-1) @ v[:, part])
+    parts = attn.qkv(both).unflatten(1, (3, heads, -1)).permute(1, 2, 0, 3)  # (3, h, 12 + N, d)
+    tables, sizes, outputs = (attn.rel_pos_h, attn.rel_pos_w), [(height, width)] * 2, []
+    for q, k, v in zip(*parts, strict=True):
+        logits = q @ k.T * q.shape[1] ** -0.5
+        image = logits[None, 12:, 12:]  # prompts have no position
+        logits[12:, 12:] = add_decomposed_rel_pos(image, q[None, 12:], *tables, *sizes)[0]
+        outputs.append(logits.softmax(-1) @ v)
     return attn.proj(torch.cat(outputs, 1)[12:]).reshape(tokens.shape)
 
 

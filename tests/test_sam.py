@@ -11,6 +11,7 @@ from adapted_models import Calls, as_torch, build_encoder, differing, original_s
 from conftest import TINY
 from safetensors.torch import load_file, save_file
 from sam_families import pixels
+from scipy.special import expit, softmax
 from segment_anything import sam_model_registry
 from torch import nn
 from torch.testing import assert_close
@@ -265,10 +266,8 @@ def test_class_map_is_the_papers():
     scores = output.class_map()
     assert scores.shape == (2, 3, 64, 64)
     for i in range(2):
-        logits = output.classes[i].double().numpy()
-        classes = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
-        masks = 1 / (1 + np.exp(-output.masks[i].double().numpy()))
-        expected = np.einsum("qk,qhw->khw", classes[..., :-1], masks)
+        classes = softmax(output.classes[i].double().numpy(), -1)[..., :-1]
+        expected = np.einsum("qk,qhw->khw", classes, expit(output.masks[i].double().numpy()))
         # float32 rounding of sums of ten products below 1.
         assert_close(scores[i].double(), torch.from_numpy(expected), rtol=1e-5, atol=1e-6)
         assert np.array_equal(labels_of(scores)[i].numpy(), scores[i].numpy().argmax(0))
