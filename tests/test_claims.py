@@ -80,9 +80,6 @@ def inference(base):
     }
 
 
-# --- A training step ---
-
-
 @pytest.mark.parametrize("method", ["nas-lora", "nas-pc-lora"])
 def test_a_weight_step_costs_what_lora_costs(steps, method):
     (ours, ours_saved), (lora, lora_saved) = steps[method, "weights"], steps["lora", "weights"]
@@ -131,9 +128,6 @@ def test_an_architecture_step_computes_no_weight_gradient(candidates, steps, met
         decoder = counts.count(run).operations
     assert alpha.operations < weights.operations - 0.9 * decoder
     assert alpha.calls < weights.calls and alpha_saved < saved and alpha.peak < weights.peak
-
-
-# --- Inference ---
 
 
 def test_inference(inference):

@@ -90,9 +90,6 @@ def test_the_command_with_flags_that_override(trees, tiny_sam, tmp_path, dataset
     assert scores_of(run, "--resolution", "network")["resolution"] == "32 x 32"
 
 
-# --- recipes of one's own
-
-
 def test_a_file_of_ones_own_builds_on_another(tmp_path):
     (tmp_path / "base.yaml").write_text(
         "model: {name: vit_b}\ntraining: {epochs: 3, learning_rate: 1e-3}\n"
@@ -107,9 +104,6 @@ def test_a_file_of_ones_own_builds_on_another(tmp_path):
     assert (config.method, config.adapter.width) == ("mona", 8)
     lora = load_recipe(own, "lora").adapter
     assert (lora.rank, lora.blocks) == (5, (0, 2))
-
-
-# --- any values
 
 
 SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=9)
