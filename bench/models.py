@@ -298,15 +298,11 @@ def inference_models(
     return {name: model.eval() for name, model in models.items()}
 
 
-def inference(model: nn.Module, setting: Setting, images: Tensor) -> Callable[[], Tensor]:
+@torch.no_grad()
+def inference(model: nn.Module, setting: Setting, images: Tensor) -> Tensor:
     """Images in, mask logits out."""
-
-    @torch.no_grad()
-    def run() -> Tensor:
-        with autocast(setting):
-            return model(images).masks
-
-    return run
+    with autocast(setting):
+        return model(images).masks
 
 
 # ---- The gate ----------------------------------------------------------------------------------
@@ -362,7 +358,7 @@ def gate_inference(models: dict[str, nn.Module], setting: Setting, images: Tenso
     """Why these models must not be timed, or None: fused attention and exact merges change nothing
     but rounding."""
     tolerance = 1e-4 if setting.precision == "no" else 0.1
-    outputs = {name: inference(model, setting, images)() for name, model in models.items()}
+    outputs = {name: inference(model, setting, images) for name, model in models.items()}
     for name, output in outputs.items():
         method, _, mode = name.partition(MERGED)
         same = method if mode == "exact" else UNTOUCHED + STOCK if name == UNTOUCHED else None

@@ -75,7 +75,7 @@ def inference(base):
         patch.setattr(models, "merge", merge_quickly)
         merged = models.inference_models(RUN, base, SETTING)
     return {
-        name: counts.count(models.inference(model, SETTING, images))
+        name: counts.count(partial(models.inference, model, SETTING, images))
         for name, model in merged.items()
     }
 

@@ -69,18 +69,13 @@ def untouched(encoder):
     return copy.deepcopy(built(encoder))
 
 
-@pytest.fixture
-def make():
-    """Models with a method in evaluation mode; ``lively`` ones compute more than a fresh one."""
-
-    def build(method, encoder="vit_t", lively=False, config=DEFAULT, seed=0):
-        model = untouched(encoder)
-        apply(method, model, configure(method, config), seed)
-        if lively:  # no gradient is zero by design
-            stir(trainable_parameters(model), 0.02)
-        return model
-
-    return build
+def make(method, encoder="vit_t", lively=False, config=DEFAULT, seed=0):
+    """A model with a method in evaluation mode; ``lively`` ones compute more than a fresh one."""
+    model = untouched(encoder)
+    apply(method, model, configure(method, config), seed)
+    if lively:  # no gradient is zero by design
+        stir(trainable_parameters(model), 0.02)
+    return model
 
 
 def images(count=2, seed=0):
@@ -154,7 +149,7 @@ def test_parameters_on_vit_h(method, config, parameters):
 
 
 @fitting
-def test_gradients_reach_all_that_trains_and_nothing_else(make, method, encoder):
+def test_gradients_reach_all_that_trains_and_nothing_else(method, encoder):
     model = make(method, encoder, lively=True).train()
     if encoder == "mobile_sam":  # untrained, some of its norms scale with zero
         for module in model.image_encoder.modules():
@@ -168,7 +163,7 @@ def test_gradients_reach_all_that_trains_and_nothing_else(make, method, encoder)
 
 
 @fitting
-def test_the_seed_decides_the_start(make, method, encoder):
+def test_the_seed_decides_the_start(method, encoder):
     one, other = (state_of(make(method, encoder)) for _ in range(2))
     assert not differing(one, other)
     reseeded = state_of(make(method, encoder, seed=1))
@@ -179,7 +174,7 @@ def test_the_seed_decides_the_start(make, method, encoder):
 
 
 @fitting
-def test_gradient_checkpointing_and_bfloat16(make, method, encoder):
+def test_gradient_checkpointing_and_bfloat16(method, encoder):
     gradients = []
     for checkpointing in (False, True):
         model = make(method, encoder, lively=True).train()
@@ -246,7 +241,7 @@ def test_a_model_that_does_not_fit_is_refused(method, make_model, config, words)
     assert outline(model) == before and applied(model) is None
 
 
-def test_one_method_a_model(make):
+def test_one_method_a_model():
     model = make("bitfit")
     with pytest.raises(UserError, match="has a method already: bitfit"):
         apply("lora", model)
@@ -260,7 +255,7 @@ def test_one_method_a_model(make):
 
 
 @fitting
-def test_what_was_saved_loads(make, tmp_path, method, encoder):
+def test_what_was_saved_loads(tmp_path, method, encoder):
     model = make(method, encoder, lively=True)
     with torch.no_grad():
         for name, buffer in model.image_encoder.named_buffers():
@@ -306,7 +301,7 @@ OTHERS = [
 
 @pytest.mark.parametrize("saved, settings, method, own, words", OTHERS)
 def test_an_adapter_for_another_model_lists_what_differs(
-    make, tmp_path, saved, settings, method, own, words
+    tmp_path, saved, settings, method, own, words
 ):
     save_adapter(make(saved, config=NASLoRAConfig(**settings)), tmp_path)
     config = NASLoRAConfig(**own)
@@ -326,7 +321,7 @@ def test_an_adapter_for_another_model_lists_what_differs(
     [*((method, "vit_t") for method in MERGING), ("dora", "mobile_sam"),
      ("nas-pc-lora", "mobile_sam")],
 )  # fmt: skip
-def test_merged_computes_the_same(make, method, encoder):
+def test_merged_computes_the_same(method, encoder):
     model = make(method, encoder, lively=True)
     before, state = embed(model), state_of(model)
     report = merge(model, "exact")
@@ -347,7 +342,7 @@ def test_merged_computes_the_same(make, method, encoder):
 
 
 @pytest.mark.parametrize("method", [m for m in METHODS if m not in MERGING])
-def test_what_cannot_merge_says_why(make, method):
+def test_what_cannot_merge_says_why(method):
     model = make(method)
     before = outline(model)
     assert merge_modes(method) == []
@@ -402,25 +397,20 @@ def conv_lora_formula(layer, x, noise=None):
     return h, chosen, 1e-2 * variation
 
 
-@pytest.fixture
 def conv_lora_layer():
     """A layer in float64 whose gate separates maps, so that several experts are selected."""
-
-    def build(dtype=torch.float64):
-        torch.manual_seed(0)
-        base = nn.Linear(6, 10).to(dtype).requires_grad_(False)
-        config, balance = conv_lora.ConvLoRAConfig(), conv_lora.Balance()
-        layer = conv_lora.ConvLoRALinear(base, config, balance, layer_generator(0, "qkv"))
-        stir((p for name, p in layer.named_parameters() if not name.startswith("base")), 0.5)
-        with torch.no_grad():
-            layer.gate.mul_(3)
-        return layer
-
-    return build
+    torch.manual_seed(0)
+    base = nn.Linear(6, 10).double().requires_grad_(False)
+    config, balance = conv_lora.ConvLoRAConfig(), conv_lora.Balance()
+    layer = conv_lora.ConvLoRALinear(base, config, balance, layer_generator(0, "qkv"))
+    stir((p for name, p in layer.named_parameters() if not name.startswith("base")), 0.5)
+    with torch.no_grad():
+        layer.gate.mul_(3)
+    return layer
 
 
 @pytest.mark.parametrize("shape", [(24, 5, 4, 6), (24, 1, 1, 6), (1, 3, 7, 6)])
-def test_conv_lora_computes_its_formula(conv_lora_layer, shape):
+def test_conv_lora_computes_its_formula(shape):
     layer = conv_lora_layer().eval()
     x = torch.randn(shape, dtype=torch.float64)
     expected, quiet, _ = conv_lora_formula(layer, x.numpy())
@@ -445,7 +435,7 @@ def test_conv_lora_computes_its_formula(conv_lora_layer, shape):
     assert layer.balance.take() is None
 
 
-def test_the_auxiliary_loss_sums_over_the_layers(make):
+def test_the_auxiliary_loss_sums_over_the_layers():
     model = make("conv-lora", lively=True).train()
     layers = [m for m in model.modules() if isinstance(m, conv_lora.ConvLoRALinear)]
     singles = []
@@ -478,7 +468,7 @@ def prompted_attention(block, tokens):
 
 
 @pytest.mark.parametrize("index", [0, 1])  # in windows of 14 x 14, and over the whole grid
-def test_vpt_attends_to_prompts_and_window(make, index):
+def test_vpt_attends_to_prompts_and_window(index):
     model = make("vpt", lively=True)
     block = model.image_encoder.blocks[index]
     x = torch.randn(2, 4, 4, 32)
@@ -522,7 +512,7 @@ def test_mona_computes_its_equation():
         torch.testing.assert_close(layer(x), expected, rtol=1e-5, atol=1e-5)
 
 
-def test_monas_follow_attention_and_mlp(make):
+def test_monas_follow_attention_and_mlp():
     model = make("mona", lively=True)
     plain = built("vit_t").image_encoder.blocks[1]
     block, x = model.image_encoder.blocks[1], torch.randn(2, 4, 4, 32)
@@ -543,7 +533,7 @@ def test_high_frequencies_lose_the_low_ones():
 
 @pytest.mark.parametrize("name, widths", [("vit_t", [2]), ("mobile_sam", [8, 10, 20])])
 @torch.no_grad()
-def test_sam_adapter_adds_its_prompts_before_each_block(make, name, widths):
+def test_sam_adapter_adds_its_prompts_before_each_block(name, widths):
     model = make("sam-adapter", name, lively=True)
     encoder, batch = model.image_encoder, images()
     plain = built(name).image_encoder

@@ -166,11 +166,7 @@ def _all_of(pipe: int) -> str:
 @pytest.fixture
 def forked(tiny_sam):
     """Starts a command in a fork."""
-
-    def start(*arguments, prepare=lambda: None):
-        return Forked(arguments, prepare)
-
-    return start
+    return lambda *arguments, **options: Forked(arguments, **options)
 
 
 def train(world, output):
