@@ -154,8 +154,10 @@ def main(files: tyro.conf.Positional[tuple[Path, ...]]) -> int:
             text, held = claims(CLAIMS[setting], numbers)
             print(f"\n{text}")
             good &= held
-    if startup := startup_table(entries):
-        print(f"\n## startup\n\n{startup}")
+    found = [entry for entry in entries if entry["group"] == "startup"]
+    rows = [[e["name"], f"{1e3 * statistics.median(e['stats']['data']):,.1f}"] for e in found]
+    if rows:
+        print(f"\n## startup, medians\n\n{_table(['What', 'ms'], rows)}")
     return 0 if good else 1
 
 
@@ -273,13 +275,6 @@ def kernels_table(entries: list[dict]) -> tuple[str, bool]:
             rows.append(row)
     head = ["Work", "direction", "candidate", "ms (p20, p80)", "× fused (p20, p80)", "required"]
     return _table([*head, "MB", "10⁶ operations", "of copy bandwidth"], rows), good
-
-
-def startup_table(entries: list[dict]) -> str:
-    """Medians of the group startup."""
-    found = [entry for entry in entries if entry["group"] == "startup"]
-    rows = [[e["name"], f"{1e3 * statistics.median(e['stats']['data']):,.1f}"] for e in found]
-    return _table(["What", "ms"], rows)
 
 
 def claims(claimed: Iterable[Claim], measured: Measured) -> tuple[str, bool]:

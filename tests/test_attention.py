@@ -47,9 +47,11 @@ from naslora.trained import load_model, merge_run
 BLOCKS = ["blocks.0.attn", "blocks.1.attn"]  # a windowed and a global one
 
 
-def stirred(model: nn.Module) -> nn.Module:
+def stirred(model: nn.Module, evaluates: bool = False) -> nn.Module:
     """Moves every parameter: a fresh SAM's relative positions and biases are zero."""
     stir(model.parameters(), 0.3)
+    if evaluates:
+        model.eval()  # of timm's attention it returns None
     return model
 
 
@@ -188,7 +190,7 @@ def test_outputs_and_gradients_are_those_of_stock(build, training):
 @every_family
 def test_bfloat16_autocast(build):
     """As near to the float32 result as stock is: the same roundings of inputs, fewer after them."""
-    stock = in_eval_mode(stirred(build()))
+    stock = stirred(build(), evaluates=True)
     ours = fused(copy.deepcopy(stock))
     x = tokens_for(stock)
     with torch.no_grad():
@@ -199,14 +201,9 @@ def test_bfloat16_autocast(build):
     assert relative(found - exact, exact) <= 1.5 * relative(theirs - exact, exact)
 
 
-def in_eval_mode(model: nn.Module) -> nn.Module:
-    model.eval()  # timm's attention returns None
-    return model
-
-
 def test_hugging_faces_attention_weights():
     """Asked for weights, the eager attention computes as stock; else it returns None for them."""
-    eager = in_eval_mode(stirred(FAMILIES["transformers"]()))
+    eager = stirred(FAMILIES["transformers"](), evaluates=True)
     x = tokens_for(eager)
     output, weights = eager(x, output_attentions=True)
     fuse_attention(eager)
@@ -554,7 +551,7 @@ def operators(model: nn.Module, x: torch.Tensor, strict: bool = False) -> list[s
 
 @pytest.mark.parametrize("name", EXPORTED)
 def test_the_exported_graph_is_that_of_stock(name):
-    attention = in_eval_mode(stirred(FAMILIES[name]()))
+    attention = stirred(FAMILIES[name](), evaluates=True)
     x = tokens_for(attention)
     attention(x)  # TinyViT's cache
     stock = operators(attention, x)
@@ -571,7 +568,7 @@ def test_the_exported_graph_is_that_of_stock(name):
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
 @pytest.mark.parametrize("name", ["segment_anything", "transformers", "MobileSAM's TinyViT"])
 def test_torch_jit_trace(name):
-    attention = in_eval_mode(stirred(FAMILIES[name]()))
+    attention = stirred(FAMILIES[name](), evaluates=True)
     x = tokens_for(attention)
     expected = first(attention(x))
     traced = torch.jit.trace(fused(attention), x)

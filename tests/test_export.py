@@ -52,25 +52,22 @@ def segmenter(
     return model
 
 
-def run_onnx(path, x: torch.Tensor) -> torch.Tensor:
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = 1
-    session = onnxruntime.InferenceSession(str(path), options)
-    return torch.from_numpy(session.run(None, {"images": x.numpy()})[0])
-
-
 # ---------------------------------------------------------------- graphs
 
 
 def assert_onnx_runtime_computes(module, path, size):
     import onnx
 
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    session = onnxruntime.InferenceSession(str(path), options)
     for batch in (1, 3):  # the trace has a batch of two
         x = tokens(batch, 3, size, size).sigmoid()
         with torch.no_grad():
             expected = module(x)
+        found = torch.from_numpy(session.run(None, {"images": x.numpy()})[0])
         # float32 rounding over a few layers, with a margin.
-        torch.testing.assert_close(run_onnx(path, x), expected, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
     domains = {node.domain for node in onnx.load(path, load_external_data=False).graph.node}
     assert domains <= {"", "ai.onnx"}
     assert not list(path.parent.glob(".*"))
