@@ -10,6 +10,7 @@ import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -19,6 +20,7 @@ import torch
 from segment_anything.modeling import ImageEncoderViT
 from torch import Tensor, nn
 
+from bench.gpu.resources import markdown
 from naslora import NASLoRAConfig, inject, load_adapter, merge, save_adapter
 from naslora.adapter.layer.modules import adapter_layers
 from naslora.errors import UserError
@@ -50,13 +52,10 @@ class Host:
     """Prefix tokens that the last block has beside."""
 
 
-def plain_vit(kind: type[ImageEncoderViT]) -> Callable[[int, int], nn.Module]:
-    def build(height: int, width: int) -> nn.Module:
-        encoder = build_vit(VIT, 64, kind)
-        encoder.pos_embed = nn.Parameter(torch.randn(1, height // 16, width // 16, VIT.width))
-        return encoder
-
-    return build
+def plain_vit(kind: type[ImageEncoderViT], height: int, width: int) -> nn.Module:
+    encoder = build_vit(VIT, 64, kind)
+    encoder.pos_embed = nn.Parameter(torch.randn(1, height // 16, width // 16, VIT.width))
+    return encoder
 
 
 def sam3_encoder(height: int, width: int) -> nn.Module:
@@ -74,25 +73,23 @@ def transformers_model(kind: str, **values: Any) -> nn.Module:
 SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
 
 
-def of_transformers(kind: str, *, oblong: bool = False, **values: Any):
-    """Builds small models of transformers; only ``oblong`` ones know height and width."""
-
-    def build(height: int, width: int) -> nn.Module:
-        size = (height, width) if oblong else height
-        return transformers_model(kind, **SMALL, image_size=size, **values)
-
-    return build
+def oblong_vit(kind: str, height: int, width: int, **values: Any) -> nn.Module:
+    """A small ViT of transformers that knows height and width."""
+    return transformers_model(kind, **SMALL, image_size=(height, width), **values)
 
 
-def hugging_face_sam(kind: str) -> Callable[[int, int], nn.Module]:
-    def build(height: int, width: int) -> nn.Module:
-        model = of_transformers(kind, mlp_dim=64, global_attn_indexes=[1])(height, width)
-        encoder: Any = model.vision_encoder
-        encoder.pos_embed = nn.Parameter(torch.randn(1, height // 16, width // 16, 32))
-        encoder.patch_embed.image_size = (height, width)
-        return model
+def eomt(height: int, width: int) -> nn.Module:
+    values = {"num_register_tokens": 4, "num_blocks": 1, "num_queries": 7, "num_labels": 2}
+    return transformers_model("EomtForUniversalSegmentation", **SMALL, **values, image_size=height)
 
-    return build
+
+def hugging_face_sam(kind: str, height: int, width: int) -> nn.Module:
+    values = {**SMALL, "mlp_dim": 64, "global_attn_indexes": [1], "image_size": height}
+    model = transformers_model(kind, **values)
+    encoder: Any = model.vision_encoder
+    encoder.pos_embed = nn.Parameter(torch.randn(1, height // 16, width // 16, 32))
+    encoder.patch_embed.image_size = (height, width)
+    return model
 
 
 def hugging_face_sam2(height: int, width: int) -> nn.Module:
@@ -113,36 +110,25 @@ def plain(size: plain_vits.PlainViT) -> Callable[[int, int], nn.Module]:
     return lambda height, width: plain_vits.PlainViTEncoder(small, (height, width))
 
 
-EOMT = {"num_register_tokens": 4, "num_blocks": 1, "num_queries": 7, "num_labels": 2}
-DINOV3 = {"num_register_tokens": 4, "intermediate_size": 64}
+DINOV2 = partial(oblong_vit, "Dinov2WithRegistersModel", patch_size=16)
+DINOV3 = partial(oblong_vit, "DINOv3ViTModel", num_register_tokens=4, intermediate_size=64)
 OF_14 = {"size": (56, 56), "oblong": (56, 84)}  # pixels a patch
 HOSTS = (
-    Host("SAM (`vit_*`)", plain_vit(ImageEncoderViT)),
+    Host("SAM (`vit_*`)", partial(plain_vit, ImageEncoderViT)),
     Host("MobileSAM (`mobile_sam`)", lambda height, width: TinyViTEncoder()),
-    Host("SAM-HQ (`sam_hq_*`)", plain_vit(sam_hq.HQViT)),
+    Host("SAM-HQ (`sam_hq_*`)", partial(plain_vit, sam_hq.HQViT)),
     Host("Light HQ-SAM (`sam_hq_tiny`)", lambda height, width: sam_hq.HQTinyViT()),
     Host("SAM 2, 2.1 (`sam2_*`, `sam2.1_*`)", lambda height, width: sam2.HieraEncoder(HIERA)),
     Host("SAM 3 (`sam3`), Sam3 of transformers", sam3_encoder, **OF_14),
     Host("DINOv3 (`dinov3_*`)", plain(plain_vits.DINOV3["dinov3_s"])),
     Host("DINOv2 (`dinov2_*`)", plain(plain_vits.DINOV2["dinov2_s"]), **OF_14),
     Host("PE Spatial (`pe_spatial_*`)", plain(plain_vits.PE_SPATIAL["pe_spatial_s"])),
-    Host("SamModel of transformers", hugging_face_sam("SamVisionModel")),
-    Host("SamHQModel of transformers", hugging_face_sam("SamHQVisionModel")),
+    Host("SamModel of transformers", partial(hugging_face_sam, "SamVisionModel")),
+    Host("SamHQModel of transformers", partial(hugging_face_sam, "SamHQVisionModel")),
     Host("Sam2Model of transformers", hugging_face_sam2),
-    Host(
-        "DINOv2 of transformers",
-        of_transformers("Dinov2WithRegistersModel", oblong=True, patch_size=16),
-        prefix=5,
-    ),
-    Host(
-        "DINOv3 of transformers", of_transformers("DINOv3ViTModel", oblong=True, **DINOV3), prefix=5
-    ),
-    Host(
-        "EoMT of transformers",
-        of_transformers("EomtForUniversalSegmentation", **EOMT),
-        prefix=5,
-        later=7,
-    ),
+    Host("DINOv2 of transformers", DINOV2, prefix=5),
+    Host("DINOv3 of transformers", DINOV3, prefix=5),
+    Host("EoMT of transformers", eomt, prefix=5, later=7),
     Host("ViTs of timm", timm_vit),
 )
 
@@ -191,8 +177,8 @@ def row(host: Host) -> list[str]:
         yes(saves(host, x)),
         ", ".join(merges(host, x)),
         oblong(host),
-        yes(half(host, x)),
-        attention(host),
+        yes(gradients(adapted(host, host.size).bfloat16(), x.bfloat16())),  # finite, too
+        attention(host, x),
     ]
 
 
@@ -221,7 +207,7 @@ def same_outputs(host: Host, x: Tensor) -> str:
 
 
 def gradients(model: nn.Module, x: Tensor) -> bool:
-    """Whether every parameter of every adapter gets a gradient."""
+    """Whether every parameter of every adapter gets a gradient that is finite."""
     first(model(x)).float().square().mean().backward()
     parameters = [p for _, layer in adapter_layers(model) for p in layer.parameters()]
     gradients = [p.grad for p in parameters if p.requires_grad]
@@ -274,15 +260,8 @@ def oblong(host: Host) -> str:
     return yes(bool(first(adapted(host, host.oblong)(x)).isfinite().all()))
 
 
-def half(host: Host, x: Tensor) -> bool:
-    """Whether bfloat16 weights give finite outputs and gradients."""
-    model = adapted(host, host.size).bfloat16()
-    return gradients(model, x.bfloat16())
-
-
-def attention(host: Host) -> str:
+def attention(host: Host, x: Tensor) -> str:
     """Whether ``fuse_attention`` knows the encoder, and gives the same output if it does."""
-    x = images(host.size)
     model = adapted(host, host.size)
     before = first(model(x))
     try:
@@ -298,11 +277,5 @@ def attention(host: Host) -> str:
     return "fused"
 
 
-def table() -> str:
-    """The whole table in Markdown."""
-    rows = [HEAD, ["--"] * len(HEAD), *map(row, HOSTS)]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in rows)
-
-
 if __name__ == "__main__":
-    print(table())
+    print(markdown(HEAD, map(row, HOSTS)))

@@ -188,15 +188,18 @@ def candidates(
     fused = with_fused_attention(base)
     found = {}
     for name in names:
-        method = method_of(name)
+        method, layers = parse(name)
         try:
-            model = adapted(method, base if name.endswith(STOCK) else fused, **_layers(name))
+            model = adapted(method, base if name.endswith(STOCK) else fused, **layers)
         except UserError:
             continue
         if PRECISIONS[setting.precision] is not None and not name.endswith(STOCK):
             cast_frozen(model.image_encoder, PRECISIONS[setting.precision])  # as naslora train does
         if name.endswith(COMPILED):
-            compile_blocks(model)
+            # Blocks of a kind share one compilation, which that of the whole encoder would repeat.
+            # The random numbers are eager mode's, by which Conv-LoRA chooses: the gate compares.
+            for block in model.image_encoder.blocks:
+                block.compile(dynamic=False, options={"fallback_random": True})
         found[name] = Candidate(method, model, setting)
     return found
 
@@ -231,23 +234,10 @@ def floor(base: SamForSegmentation, setting: Setting) -> Callable[[], None]:
     return run
 
 
-def method_of(name: str) -> str:
-    """The method of a candidate that trains."""
-    return name.removesuffix(STOCK).removesuffix(COMPILED).partition(ON)[0]
-
-
-def _layers(name: str) -> dict[str, str]:
-    """The field of the configuration that a candidate's target changes."""
-    target = name.partition(ON)[2]
-    return {"target": target} if target else {}
-
-
-def compile_blocks(model: SamForSegmentation) -> None:
-    """``torch.compile`` of every transformer block: blocks of a kind share one compilation, which
-    compiling the whole encoder would repeat twelve times."""
-    for block in model.image_encoder.blocks:
-        # The random numbers of eager mode, by which Conv-LoRA chooses experts: the gate compares.
-        block.compile(dynamic=False, options={"fallback_random": True})
+def parse(name: str) -> tuple[str, dict[str, str]]:
+    """The method of a candidate that trains, and the field of its configuration that is changed."""
+    method, on, target = name.removesuffix(STOCK).removesuffix(COMPILED).partition(ON)
+    return method, {"target": target} if on else {}
 
 
 def training_names(
@@ -272,8 +262,7 @@ def training_names(
 
 def training_steps(name: str) -> tuple[str, ...]:
     """What is timed of a candidate that trains."""
-    searching = searches(method_of(name))
-    return ("weights", "architecture", "epoch") if searching else ("weights",)
+    return ("weights", "architecture", "epoch") if searches(parse(name)[0]) else ("weights",)
 
 
 def inference_names(methods: Iterable[str]) -> list[str]:
@@ -309,15 +298,11 @@ def inference_models(
     return {name: model.eval() for name, model in models.items()}
 
 
-def inference(model: nn.Module, setting: Setting, images: Tensor) -> Callable[[], Tensor]:
+@torch.no_grad()
+def inference(model: nn.Module, setting: Setting, images: Tensor) -> Tensor:
     """Images in, mask logits out."""
-
-    @torch.no_grad()
-    def run() -> Tensor:
-        with autocast(setting):
-            return model(images).masks
-
-    return run
+    with autocast(setting):
+        return model(images).masks
 
 
 # ---- The gate ----------------------------------------------------------------------------------
@@ -336,8 +321,8 @@ def gate_training(found: dict[str, Candidate], base: SamForSegmentation) -> str 
     @functools.lru_cache(maxsize=1)  # the candidates of a method follow one another
     def expected(name: str, setting: Setting) -> tuple[tuple[Tensor, ...], list[float]]:
         """The loss and the gradients, and how much each may differ."""
-        method = method_of(name)
-        plain = adapted(method, base, backend="reference", **_layers(name))
+        method, layers = parse(name)
+        plain = adapted(method, base, backend="reference", **layers)
         exact = Candidate(method, plain, replace(setting, precision="no")).gradients()
         if setting.precision == "no":
             return exact, [1e-3] * len(exact)
@@ -373,7 +358,7 @@ def gate_inference(models: dict[str, nn.Module], setting: Setting, images: Tenso
     """Why these models must not be timed, or None: fused attention and exact merges change nothing
     but rounding."""
     tolerance = 1e-4 if setting.precision == "no" else 0.1
-    outputs = {name: inference(model, setting, images)() for name, model in models.items()}
+    outputs = {name: inference(model, setting, images) for name, model in models.items()}
     for name, output in outputs.items():
         method, _, mode = name.partition(MERGED)
         same = method if mode == "exact" else UNTOUCHED + STOCK if name == UNTOUCHED else None

@@ -154,8 +154,10 @@ def main(files: tyro.conf.Positional[tuple[Path, ...]]) -> int:
             text, held = claims(CLAIMS[setting], numbers)
             print(f"\n{text}")
             good &= held
-    if startup := startup_table(entries):
-        print(f"\n## startup\n\n{startup}")
+    found = [entry for entry in entries if entry["group"] == "startup"]
+    rows = [[e["name"], f"{1e3 * statistics.median(e['stats']['data']):,.1f}"] for e in found]
+    if rows:
+        print(f"\n## startup, medians\n\n{_table(['What', 'ms'], rows)}")
     return 0 if good else 1
 
 
@@ -196,11 +198,11 @@ def training(measured: Measured) -> str:
         rows.append(
             [
                 _title(name),
-                _milliseconds(measured, (name, "weights")),
+                _cuts(measured.numbers.get((name, "weights"))),
                 _ratio(measured.ratio((name, "weights"), STOCK_LORA)),
                 _ratio(measured.ratio((name, "weights"), (like, "weights"))),
                 _plain(paper and PAPER["lora"][0] / paper[0]),
-                _milliseconds(measured, (name, "architecture")),
+                _cuts(measured.numbers.get((name, "architecture"))),
                 _ratio(measured.ratio((name, "architecture"), (name, "weights"))),
                 _ratio(measured.ratio((name, "epoch"), (like, "weights"))),
                 _plain(name in PAPER_EPOCH and PAPER_EPOCH[name] / PAPER_EPOCH["lora"]),
@@ -220,7 +222,7 @@ def inference(measured: Measured) -> str:
         paper = PAPER.get(name)
         others = ((UNTOUCHED + STOCK, step), (UNTOUCHED, step))
         ratios = [_ratio(measured.ratio((name, step), other)) for other in others]
-        times = _milliseconds(measured, (name, step))
+        times = _cuts(measured.numbers[name, step])
         rows.append([_title(name), times, *ratios, _plain(paper and PAPER["lora"][1] / paper[1])])
     head = ["Model", "inference, ms (p20, p80)", "× untouched, stock attention", "× untouched"]
     return _table([*head, "paper × LoRA"], rows)
@@ -275,13 +277,6 @@ def kernels_table(entries: list[dict]) -> tuple[str, bool]:
     return _table([*head, "MB", "10⁶ operations", "of copy bandwidth"], rows), good
 
 
-def startup_table(entries: list[dict]) -> str:
-    """Medians of the group startup."""
-    found = [entry for entry in entries if entry["group"] == "startup"]
-    rows = [[e["name"], f"{1e3 * statistics.median(e['stats']['data']):,.1f}"] for e in found]
-    return _table(["What", "ms"], rows)
-
-
 def claims(claimed: Iterable[Claim], measured: Measured) -> tuple[str, bool]:
     """The claims as a table, and whether all of them hold."""
     rows, good = [], True
@@ -294,11 +289,9 @@ def claims(claimed: Iterable[Claim], measured: Measured) -> tuple[str, bool]:
     return _table(["Claim", "required", "measured (p20, p80)", ""], rows), good
 
 
-def _milliseconds(measured: Measured, key: tuple[str, str]) -> str:
-    return _cuts(measured.numbers[key]) if key in measured.numbers else ""
-
-
-def _cuts(seconds: list[float]) -> str:
+def _cuts(seconds: list[float] | None) -> str:
+    if seconds is None:
+        return ""
     p20, p50, p80 = (f"{1e3 * t:,.{0 if t > 0.1 else 3}f}" for t in Times.of(seconds))
     return f"{p50} ({p20}, {p80})"
 

@@ -84,7 +84,7 @@ def time_inference(setting: Setting, methods: Iterable[str], rounds: int) -> Ent
     found = models.inference_models(methods, models.untouched(setting), setting)
     _refuse(models.gate_inference(found, setting, images))
     functions = {
-        (name, "inference"): models.inference(model, setting, images)
+        (name, "inference"): functools.partial(models.inference, model, setting, images)
         for name, model in found.items()
     }
     # The gate has warmed them up.

@@ -32,7 +32,6 @@ def interleave(
     target: float = 0.02,
     warm: bool = False,
     device: str = "cpu",
-    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[Any, list[float]]:
     """Seconds per call of each function, one after the other in every round.
 
@@ -45,7 +44,6 @@ def interleave(
         target: seconds that a measurement should take at least; 0 repeats nothing.
         warm: every function has been called before.
         device: where they compute; a GPU has its own clock.
-        clock: seconds of a CPU.
     """
 
     def measured(function: Callable[[], object], repeats: int) -> float:
@@ -54,11 +52,11 @@ def interleave(
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             torch.cuda.synchronize()
             start.record()
-        started = clock()
+        started = time.perf_counter()
         for _ in range(repeats):
             function()
         if device == "cpu":
-            return (clock() - started) / repeats
+            return (time.perf_counter() - started) / repeats
         end.record()
         end.synchronize()
         return start.elapsed_time(end) / 1e3 / repeats

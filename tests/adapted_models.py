@@ -13,10 +13,15 @@ from segment_anything.modeling import (
     Sam,
     TwoWayTransformer,
 )
-from torch import nn
+from torch import distributed, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from naslora import NASLoRAConfig, inject
 from naslora.adapter.layer.modules import adapter_layers
+from naslora.sam.export import Description
+from naslora.sam.segmentation import SamForSegmentation
 
 SIZE, DEPTH = 64, 2
 
@@ -27,6 +32,12 @@ def build_encoder(depth: int = DEPTH, **options) -> ImageEncoderViT:
     sizes = {"img_size": SIZE, "embed_dim": 32, "num_heads": 2, "out_chans": 16, "window_size": 3}
     sizes |= {"use_rel_pos": True, "global_attn_indexes": (1,), **options}
     return ImageEncoderViT(depth=depth, **sizes).eval()
+
+
+def description(model: SamForSegmentation, part: str = "model") -> Description:
+    """Of an exported model."""
+    names = tuple(f"class {k}" for k in range(1, max(model.num_classes, 2)))
+    return Description(model.name, model.image_size, model.num_classes, names, part)
 
 
 def named(**parts: nn.Module) -> nn.Sequential:
@@ -96,10 +107,37 @@ def images(seed: int = 5) -> torch.Tensor:
     return tokens(2, 3, SIZE, SIZE, seed=seed)
 
 
+@torch.no_grad()
+def outputs(model: nn.Module) -> torch.Tensor:
+    """What a model makes of ``images``."""
+    return model(images())
+
+
 def smooth_images(count: int, seed: int) -> torch.Tensor:
     """Images whose neighbouring tokens are alike, as in photographs."""
     noise = tokens(count, 3, 5, 5, seed=seed)
     return F.interpolate(noise, (SIZE, SIZE), mode="bicubic")
+
+
+class Calls(TorchDispatchMode):
+    """Collects the arguments of the calls of an operator."""
+
+    def __init__(self, operator: object) -> None:
+        super().__init__()
+        self.operator, self.arguments = operator, []
+
+    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+        if function is self.operator:
+            self.arguments.append(arguments)
+        return function(*arguments, **(keywords or {}))
+
+
+def shard(model: nn.Module, parts: bool = True) -> nn.Module:
+    """FSDP2 over the processes of the group, with ``parts`` of each block by itself."""
+    mesh = init_device_mesh("cpu", (distributed.get_world_size(),))
+    for block in model.blocks if parts else ():
+        fully_shard(block, mesh=mesh)
+    return fully_shard(model, mesh=mesh)
 
 
 def relative(difference: torch.Tensor, reference: torch.Tensor) -> float:

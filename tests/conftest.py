@@ -15,6 +15,7 @@ import shutil
 import socket
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 # One thread, in processes that tests start as well: they fork, and a forked process cannot use the
@@ -50,26 +51,34 @@ SHORT = (*TRAIN, "--epochs", "1", "--search-start", "0")  # one epoch, in which 
 TINY = {"width": 32, "depth": 2, "heads": 2, "global_blocks": (1,)}  # of a ViT
 
 
-def write_data(root: Path, classes: int = 2, **counts: int) -> Path:
-    """A CSV data set of bright discs on dark noise, as many a split as ``counts`` says."""
+def write_pairs(root: Path, draw: Callable, **counts: int) -> Path:
+    """A CSV data set of images and masks that ``draw`` makes of a random generator of NumPy, as
+    many a split as ``counts`` says."""
     import numpy as np
     from miniatures import save
 
     rng = np.random.default_rng(0)
-    rows, columns = np.mgrid[:SIZE, :SIZE]
     for split, count in counts.items():
-        lines = ["image,label"]
-        for i in range(count):
-            y, x = rng.integers(10, SIZE - 10, 2)
-            distance = np.hypot(rows - y, columns - x)
-            mask = sum((distance < 10 * k / (classes - 1)).astype(np.uint8) for k in range(classes))
-            mask = np.minimum(mask, classes - 1)
-            image = 200 * mask[..., None] / (classes - 1) + rng.integers(0, 40, (SIZE, SIZE, 3))
-            save(root / f"images/{split}{i}.png", image)
-            save(root / f"masks/{split}{i}.png", mask)
-            lines.append(f"images/{split}{i}.png,masks/{split}{i}.png")
-        (root / f"{split}.csv").write_text("\n".join(lines) + "\n")
+        pairs = [f"images/{split}{i}.png,masks/{split}{i}.png" for i in range(count)]
+        for pair in pairs:
+            for name, pixels in zip(pair.split(","), draw(rng), strict=True):
+                save(root / name, pixels)
+        (root / f"{split}.csv").write_text("\n".join(["image,label", *pairs]) + "\n")
     return root
+
+
+def write_data(root: Path, classes: int = 2, **counts: int) -> Path:
+    """A CSV data set of bright discs on dark noise."""
+    import numpy as np
+
+    def draw(rng):
+        y, x = rng.integers(10, SIZE - 10, 2)
+        distance = np.hypot(*(np.mgrid[:SIZE, :SIZE] - [[[y]], [[x]]]))
+        mask = sum((distance < 10 * k / (classes - 1)).astype(np.uint8) for k in range(classes))
+        mask = np.minimum(mask, classes - 1)
+        return 200 * mask[..., None] / (classes - 1) + rng.integers(0, 40, (SIZE, SIZE, 3)), mask
+
+    return write_pairs(root, draw, **counts)
 
 
 def write_checkpoint(path: Path) -> Path:

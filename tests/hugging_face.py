@@ -5,8 +5,8 @@ import torch.nn.functional as F
 from adapted_models import randomize, stir
 from torch import nn
 from torch.func import functional_call
-from transformers import Sam2Config, Sam2Model, SamConfig, SamModel
 
+from bench.families import transformers_model
 from naslora import NASLoRAConfig, inject
 
 SIZE = 64
@@ -20,15 +20,15 @@ DECODER = {
 }
 
 
-def build_sam() -> SamModel:
+def build_sam() -> nn.Module:
     """4 x 4 tokens, a windowed and a global block."""
     vision = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "mlp_dim": 64}
     vision |= {"output_channels": 16, "num_pos_feats": 8, "image_size": SIZE, "patch_size": 16}
     vision |= {"window_size": 3, "global_attn_indexes": [1]}
-    return started(SamModel, SamConfig, vision)
+    return started("SamModel", vision)
 
 
-def build_sam2() -> Sam2Model:
+def build_sam2() -> nn.Module:
     """Four stages of Hiera, from 16 x 16 to 2 x 2 tokens."""
     backbone = {
         **{"model_type": "sam2_hiera_det_model", "hidden_size": 16, "num_attention_heads": 1},
@@ -45,14 +45,14 @@ def build_sam2() -> Sam2Model:
         "backbone_feature_sizes": [[16, 16], [8, 8], [4, 4]],
         "fpn_hidden_size": 16,
     }
-    return started(Sam2Model, Sam2Config, vision)
+    return started("Sam2Model", vision)
 
 
-def started(kind: type[nn.Module], config: type, vision: dict) -> nn.Module:
+def started(kind: str, vision: dict) -> nn.Module:
     """A random model. Transformers starts so small that every mask is 0; this one does not."""
     torch.manual_seed(0)
     parts = {"prompt_encoder_config": dict(PROMPTS), "mask_decoder_config": dict(DECODER)}
-    model = kind(config(vision_config=vision, **parts)).eval()
+    model = transformers_model(kind, vision_config=vision, **parts).eval()
     stir(model.parameters(), 0.15)
     return model
 

@@ -5,7 +5,7 @@ import importlib
 import itertools
 import math
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import pytest
@@ -185,17 +185,18 @@ class Case:
     def of_each(self, function):
         """The case with every differentiable argument and the gradient replaced."""
         arguments = {name: function(value) for name, value in self.arguments.items()}
-        return Case(self.function, arguments, self.options, function(self.gradient))
+        return replace(self, arguments=arguments, gradient=function(self.gradient))
 
     def on(self, device):
         """The case on another device; strides stay."""
+        moved, options = self.of_each(lambda tensor: tensor.to(device)), dict(self.options)
+        if options.get("channels") is not None:
+            options["channels"] = options["channels"].to(device)
+        return replace(moved, options=options)
 
-        def move(value):
-            return value.to(device) if isinstance(value, torch.Tensor) else value
-
-        arguments = {name: move(value) for name, value in self.arguments.items()}
-        options = {name: move(value) for name, value in self.options.items()}
-        return Case(self.function, arguments, options, move(self.gradient))
+    def tensor(self, name):
+        """An argument, or the gradient."""
+        return self.gradient if name == "gradient" else self.arguments[name]
 
     def run(self, target, needed=None):
         """The result and the gradient of each argument in ``needed`` (None: of all), by name.
@@ -215,10 +216,13 @@ class Case:
         return {"result": result.detach(), **dict(zip(leaves, gradients, strict=True))}
 
 
-def random_cell(generator, rank, c):
-    def draw(*shape):
-        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+def drawing(seed):
+    """A generator, and what draws tensors in float64 by it."""
+    generator = torch.Generator().manual_seed(seed)
+    return generator, functools.partial(torch.randn, generator=generator, dtype=torch.float64)
 
+
+def random_cell(generator, draw, rank, c):
     parameters = {
         "alpha": draw(8),
         "dw_sep3": draw(c, 3, 3) / 3,
@@ -233,21 +237,15 @@ def random_cell(generator, rank, c):
 
 def cell_case(shape, c, seed=0):
     """A random ``mixed_cell`` on maps (B, H, W, r), in float64, its channels permuted."""
-    generator = torch.Generator().manual_seed(seed)
-    parameters, options = random_cell(generator, shape[-1], c)
-    z = torch.randn(shape, generator=generator, dtype=torch.float64)
-    gradient = torch.randn(shape, generator=generator, dtype=torch.float64)
-    return Case("mixed_cell", {"z": z, **parameters}, options, gradient)
+    generator, draw = drawing(seed)
+    parameters, options = random_cell(generator, draw, shape[-1], c)
+    return Case("mixed_cell", {"z": draw(shape), **parameters}, options, draw(shape))
 
 
 def layer_case(grid, c_in, c_out, rank, c, seed=0, bias=True, scaling=1.5):
     """A random ``nas_lora_linear`` on a grid (B, H, W), in float64."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def draw(*shape):
-        return torch.randn(*shape, generator=generator, dtype=torch.float64)
-
-    parameters, options = random_cell(generator, rank, c)
+    generator, draw = drawing(seed)
+    parameters, options = random_cell(generator, draw, rank, c)
     arguments = {"x": draw(*grid, c_in), "weight": draw(c_out, c_in) / c_in**0.5}
     arguments["bias"] = draw(c_out)
     if not bias:
@@ -261,15 +259,10 @@ def layer_case(grid, c_in, c_out, rank, c, seed=0, bias=True, scaling=1.5):
 
 def attention_case(batch, heads, grid, features, queries=None, seed=0):
     """A random ``rel_pos_attention`` in float64, of so many queries; None for one of each key."""
-    generator = torch.Generator().manual_seed(seed)
     height, width = grid
     keys = height * width
     queries = keys if queries is None else queries
-
-    def draw(tokens, size):
-        shape = (batch, heads, tokens, size)
-        return torch.randn(shape, generator=generator, dtype=torch.float64)
-
+    draw = functools.partial(drawing(seed)[1], batch, heads)
     arguments = {"q": draw(queries, features)}
     arguments |= {name: draw(keys, features) for name in ("k", "v")}
     arguments |= {"rel_h": draw(queries, height), "rel_w": draw(queries, width)}

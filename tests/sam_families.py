@@ -5,17 +5,8 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+import transformers
 from torch import Tensor, nn
-from transformers import (
-    Sam2Config,
-    Sam2Model,
-    Sam3TrackerConfig,
-    Sam3TrackerModel,
-    SamConfig,
-    SamHQConfig,
-    SamHQModel,
-    SamModel,
-)
 
 from naslora.sam.families import find_family, plain_vits, sam2, sam3, sam_hq
 from naslora.sam.families.sam import VITS, ViT
@@ -40,9 +31,12 @@ PLAIN = {
         (plain_vits.PE_SPATIAL_L, "pe_spatial_l", 32),
     )
 }
-CLASSES = {"SamModel": (SamModel, SamConfig), "SamHQModel": (SamHQModel, SamHQConfig)}
-CLASSES["Sam2Model"] = (Sam2Model, Sam2Config)
-CLASSES["Sam3TrackerModel"] = (Sam3TrackerModel, Sam3TrackerConfig)
+
+
+def classes(architecture: str) -> tuple[type[nn.Module], type]:
+    """A model of transformers and its configuration."""
+    names = architecture, architecture.removesuffix("Model") + "Config"
+    return tuple(getattr(transformers, name) for name in names)
 
 
 def side(name: str) -> int:
@@ -63,7 +57,7 @@ def small_models() -> Iterator[None]:
 def reference(name: str, image_size: int, seed: int = 0) -> nn.Module:
     """A model of transformers with random weights and one mask token."""
     huggingface = find_family(name).huggingface
-    kind, config_kind = CLASSES[huggingface.architecture]
+    kind, config_kind = classes(huggingface.architecture)
     values = huggingface.config(name, image_size)
     decoder = {**values.pop("mask_decoder_config", {}), "num_multimask_outputs": 0}
     if huggingface.architecture in ("SamModel", "SamHQModel"):
@@ -105,7 +99,8 @@ def our_masks(model: SamForSegmentation, images: Tensor) -> Tensor:
 def their_masks(model: nn.Module, images: Tensor) -> Tensor:
     """The same of transformers, without prompts."""
     mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
-    third = isinstance(model, Sam3TrackerModel)
+    architecture = type(model).__name__
+    third = architecture == "Sam3TrackerModel"
     if third:
         mean = std = torch.full((3,), 0.5)
     x = (images - mean.view(3, 1, 1)) / std.view(3, 1, 1)
@@ -118,7 +113,7 @@ def their_masks(model: nn.Module, images: Tensor) -> Tensor:
         "dense_prompt_embeddings": dense.expand(batch, -1, grid, grid),
         "multimask_output": False,
     }
-    if isinstance(model, Sam2Model | Sam3TrackerModel):
+    if third or architecture == "Sam2Model":
         fine, middle, last = model.get_image_features(x, return_dict=True).fpn_hidden_states
         last = last + model.no_memory_embedding
         *finer, maps = (
@@ -128,7 +123,7 @@ def their_masks(model: nn.Module, images: Tensor) -> Tensor:
         shared |= {"image_embeddings": maps, "high_resolution_features": finer}
         return model.mask_decoder(**shared)[0][:, 0]
     encoded = model.vision_encoder(x)
-    if isinstance(model, SamHQModel):
+    if architecture == "SamHQModel":
         early = encoded.intermediate_embeddings[0].permute(0, 3, 1, 2)
         return hq_masks(model.mask_decoder, encoded.last_hidden_state, early, **shared)
     return model.mask_decoder(image_embeddings=encoded.last_hidden_state, **shared)[0][:, 0]

@@ -21,9 +21,6 @@ from naslora_kernels import OPERATIONS
 SMALL = ("--model", "vit_t", "--image-size", 32, "--workers", 0, "--batch-size", 2)
 
 
-# --- what is varied
-
-
 TINY = run_config(name="vit_t", image_size=32, training={"epochs": 30, "search_start": 10})
 
 
@@ -40,9 +37,6 @@ def test_exactly_one_row_is_the_unchanged_method(name):
     rows = ablation_rows(name, TINY)
     assert [row.config for row in rows if row.name == BASE] == [TINY]
     assert len({row.name for row in rows}) == len(rows)
-
-
-# --- operations that are left out
 
 
 @pytest.mark.parametrize("preset", ["linear", "paper"])
@@ -66,9 +60,6 @@ def test_what_is_left_out_stays_out_through_training(tiny_sam, preset):
         assert mixture[:4].eq(0).all() and mixture.isfinite().all()
         assert float(mixture.sum()) == pytest.approx(1)
         assert not torch.equal(before[4:], after[4:])
-
-
-# --- the sweep
 
 
 def ablate(clean_data, output, name, *more):

@@ -1,5 +1,6 @@
 """Analysis of a run: attention distances and amplitudes by hand, and the command's folder."""
 
+import itertools
 import math
 
 import numpy as np
@@ -8,6 +9,7 @@ import torch
 from conftest import csv_rows, succeed, write_data
 from PIL import Image
 from run_configs import run_config
+from scipy.spatial.distance import cdist
 from segment_anything.modeling.image_encoder import Attention
 
 from naslora.errors import UserError
@@ -24,9 +26,6 @@ from naslora_kernels.operations import SKIP
 SMALL = ("--model", "vit_t", "--image-size", 32, "--workers", 0, "--epochs", 2, "--batch-size", 2)
 
 
-# --- operations
-
-
 def test_a_weight_that_moves_to_skip_keeps_the_sum():
     alpha = torch.randn(8)
     weights, moved = alpha.softmax(0).double(), moved_to_skip(alpha, 2).softmax(0)
@@ -35,14 +34,10 @@ def test_a_weight_that_moves_to_skip_keeps_the_sum():
     torch.testing.assert_close(moved[others], weights[others], rtol=1e-6, atol=0)  # of float32
 
 
-# --- attention distance
-
-
 def mean_distances(side: int) -> np.ndarray:
     """(side, side): the mean distance of each cell of a grid to all, itself included."""
-    cells = [(i, j) for i in range(side) for j in range(side)]
-    means = [np.mean([math.dist(a, b) for b in cells]) for a in cells]
-    return np.array(means).reshape(side, side)
+    cells = list(itertools.product(range(side), range(side)))
+    return cdist(cells, cells).mean(1).reshape(side, side)
 
 
 @pytest.mark.parametrize("side", [1, 4, 7])
@@ -58,9 +53,6 @@ def test_attention_without_preference_has_the_mean_distance_of_the_grid(side):
     np.testing.assert_allclose(found[0].detach().numpy(), mean_distances(side), rtol=1e-5)
 
 
-# --- log amplitude
-
-
 def test_a_checkerboard_on_a_grey_has_the_amplitudes_it_was_made_of():
     rows, columns = torch.meshgrid(torch.arange(6), torch.arange(6), indexing="ij")
     board = (-1.0) ** (rows + columns)
@@ -69,9 +61,6 @@ def test_a_checkerboard_on_a_grey_has_the_amplitudes_it_was_made_of():
     found = relative_log_amplitude(maps)
     assert found.tolist() == [pytest.approx(math.log(0.25 / 5), abs=1e-5)]
     assert float(relative_log_amplitude(torch.ones(1, 8, 8, 2))) < -15  # no high frequency
-
-
-# --- encoders
 
 
 def test_every_block_of_a_vit_in_pixels(tiny_sam):
@@ -105,9 +94,6 @@ def test_every_block_of_mobile_sam():
     sides = [8 * 7] * 2 + [16 * 14] * 6 + [16 * 7] * 2
     for block, side in zip(found, sides, strict=True):
         assert 0 < block.attention_distance < side
-
-
-# --- the command
 
 
 @pytest.fixture(scope="module")

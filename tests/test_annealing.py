@@ -1,20 +1,14 @@
 """Annealing: its schedule, the annealed cell against its definition, and the saved adapter."""
 
+import definition
 import pytest
 import torch
-import torch.nn.functional as F
 from adapted_models import adapted_layer, randomize, relative, tokens
 from torch.testing import assert_close
 
 from naslora import load_adapter, merge, unmerge
 from naslora.adapter.io.storage import trained_state, write_adapter
 from naslora.adapter.merging.annealing import annealed, set_spatial, spatial_share
-from naslora_kernels import OPERATIONS
-from naslora_kernels.operations import CONVOLUTIONS
-
-AVG_POOL, MAX_POOL = (OPERATIONS.index(name) for name in ("avg_pool_3x3", "max_pool_3x3"))
-SKIP = OPERATIONS.index("skip_connect")
-
 
 SHARES = [(3, 0, [1, 1, 1]), (3, 1, [1, 1, 0]), (4, 2, [1, 1, 0, 0]), (2, 2, [0, 0])]
 SHARES += [(6, 4, [1, 1, 0.5, 0, 0, 0]), (6, 6, [2 / 3, 1 / 3, 0, 0, 0, 0])]
@@ -25,25 +19,6 @@ def test_schedule(epochs, anneal, expected):
     assert [spatial_share(e, epochs, anneal) for e in range(epochs)] == pytest.approx(expected)
 
 
-def annealed_by_hand(layer, z, share):
-    """The mixture in which neighbours keep ``share`` of each operation."""
-    mixture, cell = layer.alpha.softmax(0), layer.cell
-    maps = z.permute(0, 3, 1, 2)
-    c = maps.shape[1]
-    y = mixture[SKIP] * maps
-    for i, conv in enumerate(CONVOLUTIONS):
-        dw = cell.depthwise[i].clone()
-        centre = dw[:, conv.kernel // 2, conv.kernel // 2].clone()
-        dw *= share
-        dw[:, conv.kernel // 2, conv.kernel // 2] = centre
-        d = F.conv2d(maps, dw[:, None], padding=conv.reach, dilation=conv.dilation, groups=c)
-        y = y + mixture[i] * F.conv2d(d, cell.pw[i][:, :, None, None])
-    average = F.avg_pool2d(maps, 3, 1, 1, count_include_pad=False)
-    y = y + mixture[AVG_POOL] * (share * average + (1 - share) * maps / 9)
-    y = y + mixture[MAX_POOL] * share * F.max_pool2d(maps, 3, 1, 1)
-    return y.permute(0, 2, 3, 1)
-
-
 @pytest.mark.parametrize("share", [0.0, 0.3, 0.75, 1.0])
 def test_the_annealed_cell_is_its_definition(share):
     """Its gradients, too, also at share 0, whose logarithm is infinite."""
@@ -52,7 +27,8 @@ def test_the_annealed_cell_is_its_definition(share):
     x = tokens(2, 6, 7, 16, dtype=torch.float64)
     weight = tokens(2, 6, 7, 12, dtype=torch.float64, seed=4)
     parameters = [layer.lora_A, layer.lora_B, layer.alpha, *layer.cell.depthwise, layer.cell.pw]
-    y = annealed_by_hand(layer, x @ layer.lora_A.T, share)
+    parts = (layer.alpha, layer.cell.depthwise, layer.cell.pw, layer.channels)
+    y = definition.cell(x @ layer.lora_A.T, *parts, share)
     ours, theirs = layer(x), layer.base(x) + layer.scaling * y @ layer.lora_B.T
     assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
     found, expected = (torch.autograd.grad((weight * h).sum(), parameters) for h in (ours, theirs))

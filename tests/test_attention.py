@@ -11,12 +11,14 @@ from typing import Any
 import pytest
 import torch
 from adapted_models import (
+    Calls,
     adapted_encoder,
     as_torch,
     build_encoder,
     images,
     randomize,
     relative,
+    shard,
     stir,
 )
 from conftest import SHORT, succeed
@@ -29,11 +31,11 @@ from segment_anything.modeling.image_encoder import window_partition, window_unp
 from timm.models.hieradet_sam2 import MultiScaleAttention
 from timm.models.tiny_vit import Attention as TimmAttention
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import SamHQVisionConfig, SamVisionConfig
 from transformers.models.sam import modeling_sam
 from transformers.models.sam_hq import modeling_sam_hq
 
+from bench.families import first
 from naslora import NASLoRAConfig, UserError, fuse_attention, inject, merge, unfuse_attention
 from naslora.adapter.layer.windows import Windows
 from naslora.methods import METHODS, apply
@@ -45,9 +47,11 @@ from naslora.trained import load_model, merge_run
 BLOCKS = ["blocks.0.attn", "blocks.1.attn"]  # a windowed and a global one
 
 
-def stirred(model: nn.Module) -> nn.Module:
+def stirred(model: nn.Module, evaluates: bool = False) -> nn.Module:
     """Moves every parameter: a fresh SAM's relative positions and biases are zero."""
     stir(model.parameters(), 0.3)
+    if evaluates:
+        model.eval()  # of timm's attention it returns None
     return model
 
 
@@ -186,7 +190,7 @@ def test_outputs_and_gradients_are_those_of_stock(build, training):
 @every_family
 def test_bfloat16_autocast(build):
     """As near to the float32 result as stock is: the same roundings of inputs, fewer after them."""
-    stock = in_eval_mode(stirred(build()))
+    stock = stirred(build(), evaluates=True)
     ours = fused(copy.deepcopy(stock))
     x = tokens_for(stock)
     with torch.no_grad():
@@ -197,18 +201,9 @@ def test_bfloat16_autocast(build):
     assert relative(found - exact, exact) <= 1.5 * relative(theirs - exact, exact)
 
 
-def first(output):
-    return output[0] if isinstance(output, tuple) else output
-
-
-def in_eval_mode(model: nn.Module) -> nn.Module:
-    model.eval()  # timm's attention returns None
-    return model
-
-
 def test_hugging_faces_attention_weights():
     """Asked for weights, the eager attention computes as stock; else it returns None for them."""
-    eager = in_eval_mode(stirred(FAMILIES["transformers"]()))
+    eager = stirred(FAMILIES["transformers"](), evaluates=True)
     x = tokens_for(eager)
     output, weights = eager(x, output_attentions=True)
     fuse_attention(eager)
@@ -341,42 +336,50 @@ def test_the_padding_of_windows_is_not_projected(config):
     x = torch.randn(2, 4, 4, 32, generator=torch.Generator().manual_seed(3)).double()
     results = []
     for model in models:
-        copied, rows = x.clone().requires_grad_(), []
-        with Products(rows):
+        copied = x.clone().requires_grad_()
+        with Calls(torch.ops.aten.addmm.default) as products:
             output = model.blocks[0](copied)
         output.square().sum().backward()
         gradients = [p.grad for p in model.blocks[0].parameters() if p.grad is not None]
-        results.append((output, copied.grad, *gradients, rows))
-    *expected, stock_rows = results[0]
-    *found, our_rows = results[1]
+        results.append((output, copied.grad, *gradients, most_tokens(products)))
+    *expected, of_stock = results[0]
+    *found, of_ours = results[1]
     torch.testing.assert_close(found, expected)
-    assert max(stock_rows) == 2 * 36 and max(our_rows) == 2 * 16
+    assert (of_stock, of_ours) == (2 * 36, 2 * 16)
     assert isinstance(block, SamBlock)
 
 
-@pytest.mark.parametrize("preset", ["linear", "paper"])
-def test_exactly_merged_layers_do_not_project_it_either(preset):
+def most_tokens(products: Calls) -> int:
+    """The most tokens that the wide products with frozen weights take."""
+    return max(tokens.shape[0] for _, tokens, w in products.arguments if min(w.shape) >= 32)
+
+
+def merged_encoder(preset: str) -> ImageEncoderViT:
     model = encoder()
     inject(model, NASLoRAConfig("qkv", preset=preset))
     randomize(model)
-    merge(model.double().eval(), "exact")
-    x, rows = torch.randn(2, 4, 4, 32, dtype=torch.float64), []
-    with torch.no_grad():
-        expected = model.blocks[0](x)
-        with Products(rows):
-            torch.testing.assert_close(fused(model).blocks[0](x), expected)
-    assert max(rows) == 2 * 16
+    merge(model.eval(), "exact")
+    return model
 
 
-def test_hugging_faces_padding_is_not_projected():
-    layer = build_sam().double().vision_encoder.layers[0]
-    side = layer.window_size + 1
-    x = torch.randn(2, side, side, layer.attn.qkv.in_features, dtype=torch.float64)
-    expected, rows = layer(x), []
-    fuse_attention(layer)
-    with Products(rows):
-        torch.testing.assert_close(layer(x), expected)
-    assert max(rows) == 2 * side * side
+BLOCKS_OF = {
+    "merged": lambda: merged_encoder("linear").blocks,
+    "merged, the paper's operations": lambda: merged_encoder("paper").blocks,
+    "transformers": lambda: build_sam().vision_encoder.layers,
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("build", BLOCKS_OF.values(), ids=BLOCKS_OF)
+def test_nor_is_that_of_merged_layers_and_of_hugging_faces(build):
+    block = build()[0].double()
+    side = block.window_size + 1
+    x = torch.randn(2, side, side, 32, dtype=torch.float64)
+    expected = block(x)
+    fuse_attention(block)
+    with Calls(torch.ops.aten.addmm.default) as products:
+        torch.testing.assert_close(block(x), expected)
+    assert most_tokens(products) == 2 * side * side
 
 
 def test_a_watched_layer_sees_whole_windows():
@@ -387,19 +390,6 @@ def test_a_watched_layer_sees_whole_windows():
         torch.testing.assert_close(model(images()), expected)
         hook.remove()
     assert {shape[1:] for shape in shapes} == {(3, 3, 32)} and len(shapes) == 2
-
-
-class Products(TorchDispatchMode):
-    """Collects how many tokens the wide products with frozen weights take."""
-
-    def __init__(self, rows: list[int]) -> None:
-        super().__init__()
-        self.rows = rows
-
-    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
-        if function is torch.ops.aten.addmm.default and min(arguments[2].shape) >= 32:
-            self.rows.append(arguments[1].shape[0])
-        return function(*arguments, **(keywords or {}))
 
 
 # ---- With adapters -------------------------------------------------------------------------------
@@ -471,16 +461,8 @@ def test_gradient_checkpointing():
 
 @pytest.mark.parametrize("fuse_first", [True, False])
 def test_fully_shard(fuse_first, single_process_group):
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
-
     expected = fused(encoder())(images())
-    model, mesh = encoder(), init_device_mesh("cpu", (1,))
-    if fuse_first:
-        fuse_attention(model)
-    for block in model.blocks:
-        fully_shard(block, mesh=mesh)
-    fully_shard(model, mesh=mesh)
+    model = shard(fused(encoder()) if fuse_first else encoder())
     assert fuse_attention(model) == BLOCKS
     output = model(images())
     torch.testing.assert_close(output, expected)
@@ -569,7 +551,7 @@ def operators(model: nn.Module, x: torch.Tensor, strict: bool = False) -> list[s
 
 @pytest.mark.parametrize("name", EXPORTED)
 def test_the_exported_graph_is_that_of_stock(name):
-    attention = in_eval_mode(stirred(FAMILIES[name]()))
+    attention = stirred(FAMILIES[name](), evaluates=True)
     x = tokens_for(attention)
     attention(x)  # TinyViT's cache
     stock = operators(attention, x)
@@ -586,7 +568,7 @@ def test_the_exported_graph_is_that_of_stock(name):
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
 @pytest.mark.parametrize("name", ["segment_anything", "transformers", "MobileSAM's TinyViT"])
 def test_torch_jit_trace(name):
-    attention = in_eval_mode(stirred(FAMILIES[name]()))
+    attention = stirred(FAMILIES[name](), evaluates=True)
     x = tokens_for(attention)
     expected = first(attention(x))
     traced = torch.jit.trace(fused(attention), x)

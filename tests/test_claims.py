@@ -75,12 +75,9 @@ def inference(base):
         patch.setattr(models, "merge", merge_quickly)
         merged = models.inference_models(RUN, base, SETTING)
     return {
-        name: counts.count(models.inference(model, SETTING, images))
+        name: counts.count(partial(models.inference, model, SETTING, images))
         for name, model in merged.items()
     }
-
-
-# --- A training step ---
 
 
 @pytest.mark.parametrize("method", ["nas-lora", "nas-pc-lora"])
@@ -131,9 +128,6 @@ def test_an_architecture_step_computes_no_weight_gradient(candidates, steps, met
         decoder = counts.count(run).operations
     assert alpha.operations < weights.operations - 0.9 * decoder
     assert alpha.calls < weights.calls and alpha_saved < saved and alpha.peak < weights.peak
-
-
-# --- Inference ---
 
 
 def test_inference(inference):

@@ -29,9 +29,6 @@ def runs(text, height=HEIGHT, width=WIDTH):
     return {"size": [height, width], "counts": text}
 
 
-# --- drawing
-
-
 def test_run_lengths():
     square = np.zeros((HEIGHT, WIDTH), bool)
     square[2:9, 2:10] = True
@@ -46,8 +43,6 @@ def test_run_lengths():
     assert np.array_equal(draw([beyond]), draw(runs("2782N101O1OT4MoK1O001O1O0OM")))
     assert np.array_equal(draw([SQUARE, beyond]), draw([SQUARE], [beyond]))
 
-
-# --- files
 
 CATEGORIES = [{"id": 7, "name": "cat"}, {"id": 3, "name": "dog"}]  # classes: dog 1, cat 2
 
@@ -136,9 +131,6 @@ def test_a_run(tiny_sam, tmp_path):
     (root / "train.json").write_text(json.dumps(changed))
     again = refusal("train", "--dataset", "coco", "--root", root, *SHORT, "--resume", *output)
     assert "the mask of" in again and "train1.png" in again
-
-
-# --- bad input
 
 
 def test_missing_and_ambiguous_files(tmp_path):

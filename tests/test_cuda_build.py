@@ -37,12 +37,6 @@ def test_every_kernel_compiles_without_warning_and_without_spills(architecture):
 
 
 @pytest.fixture
-def cards(monkeypatch):
-    """Sets the compute capabilities that the machine's cards seem to have."""
-    return lambda *found: monkeypatch.setattr(setup, "cards", lambda: list(found))
-
-
-@pytest.fixture
 def fake_nvcc(tmp_path, monkeypatch):
     """A fake nvcc below CUDA_HOME that lists 5.0 to 9.0 and fails to compile."""
     nvcc = tmp_path / "bin" / "nvcc"
@@ -60,6 +54,18 @@ def fake_nvcc(tmp_path, monkeypatch):
     for variable in ("TORCH_CUDA_ARCH_LIST", *(f"NASLORA_{v}" for v in SWITCHES)):
         monkeypatch.delenv(variable, raising=False)
     return str(nvcc)
+
+
+@pytest.fixture
+def machine(fake_nvcc, monkeypatch):
+    """Sets variables, and the compute capabilities that the cards seem to have."""
+
+    def prepare(environment, found):
+        monkeypatch.setattr(setup, "cards", lambda: found)
+        for variable, value in environment.items():
+            monkeypatch.setenv(variable, value)
+
+    return prepare
 
 
 FORCED, NAMED = {"NASLORA_FORCE_CUDA": "1"}, "TORCH_CUDA_ARCH_LIST"
@@ -86,12 +92,8 @@ UNKNOWN = "TORCH_CUDA_ARCH_LIST: {!r} is not one of 7.5, 8.0, 9.0, with or witho
         ),
     ],
 )
-def test_the_architectures_that_are_built(
-    environment, found, expected, fake_nvcc, monkeypatch, cards
-):
-    cards(*found)
-    for variable, value in environment.items():
-        monkeypatch.setenv(variable, value)
+def test_the_architectures_that_are_built(environment, found, expected, fake_nvcc, machine):
+    machine(environment, found)
     if isinstance(expected, str):
         with pytest.raises(setup.BuildError) as error:
             setup.architectures(fake_nvcc)
@@ -116,10 +118,8 @@ def test_the_architectures_that_are_built(
         ({"NASLORA_SKIP_EXT": "1"}, [90], []),
     ],
 )
-def test_the_extensions_that_are_built(environment, found, names, fake_nvcc, monkeypatch, cards):
-    cards(*found)
-    for variable, value in environment.items():
-        monkeypatch.setenv(variable, value)
+def test_the_extensions_that_are_built(environment, found, names, machine):
+    machine(environment, found)
     assert [e.name.removeprefix("naslora_kernels.") for e in setup.extensions()] == names
 
 

@@ -330,28 +330,23 @@ def test_item_is_squashed_with_antialiasing_and_nearest_labels(tmp_path):
 # --- flips
 
 
-def flips_of(dataset, samples, epoch):
-    """Returns which items are flipped, and checks that these are mirror images of the others."""
-    plain = SegmentationDataset(samples, dataset.image_size, dataset.num_classes)
-    dataset.set_epoch(epoch)
-    flipped = []
-    for i in range(len(samples)):
-        item, upright = dataset[i], plain[i]
-        flipped.append(not torch.equal(item["image"], upright["image"]))
-        for key in ("image", "mask"):
-            expected = upright[key].flip(-1) if flipped[-1] else upright[key]
-            assert torch.equal(item[key], expected)
-    return flipped
-
-
 def test_flips_move_image_and_mask_alike_and_depend_on_seed_epoch_and_index(samples):
-    dataset = SegmentationDataset(samples, 16, 1, flip=True, seed=5)
-    epochs = [flips_of(dataset, samples, epoch) for epoch in range(12)]
-    again = SegmentationDataset(samples, 16, 1, flip=True, seed=5)
-    assert flips_of(again, samples, 7) == epochs[7]  # a resumed run
+    plain = list(SegmentationDataset(samples, 16, 1))
+
+    def flips(seed, epoch):
+        """Which items are flipped; each is the upright one or its mirror image."""
+        dataset, flipped = SegmentationDataset(samples, 16, 1, flip=True, seed=seed), []
+        dataset.set_epoch(epoch)
+        for item, upright in zip(dataset, plain, strict=True):
+            flipped.append(not torch.equal(item["image"], upright["image"]))
+            for key in ("image", "mask"):
+                assert torch.equal(item[key].flip(-1) if flipped[-1] else item[key], upright[key])
+        return flipped
+
+    epochs = [flips(5, epoch) for epoch in range(12)]
+    assert flips(5, 7) == epochs[7]  # a resumed run
     assert len(set(map(tuple, epochs))) > 1 and any(len(set(row)) > 1 for row in epochs)
-    other = SegmentationDataset(samples, 16, 1, flip=True, seed=6)
-    assert [flips_of(other, samples, epoch) for epoch in range(12)] != epochs
+    assert [flips(6, epoch) for epoch in range(12)] != epochs
 
 
 # --- batches

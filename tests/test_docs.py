@@ -93,19 +93,14 @@ def anchors(page: Path) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
-@pytest.fixture(scope="module")
-def options_of():
+@cache
+def options_of(command: str) -> set[str] | None:
     """Options that a command's help lists; None if there is no such command."""
-
-    @cache
-    def options(command: str) -> set[str] | None:
-        result = call(command, "--help-all")
-        methods = METHODS if command == "train" else ()
-        own = (call("train", "--method", method, "--help-all").out for method in methods)
-        found = set(re.findall(r"--[a-z][\w-]*", "".join([result.out, *own])))
-        return found if result.status == 0 else None
-
-    return options
+    result = call(command, "--help-all")
+    methods = METHODS if command == "train" else ()
+    own = (call("train", "--method", method, "--help-all").out for method in methods)
+    found = set(re.findall(r"--[a-z][\w-]*", "".join([result.out, *own])))
+    return found if result.status == 0 else None
 
 
 def test_readme_has_at_most_170_lines():
@@ -143,7 +138,7 @@ def test_named_modules_and_functions_exist(page):
 
 
 @every_page
-def test_commands_and_their_options_exist(page, options_of):
+def test_commands_and_their_options_exist(page):
     for text in (*spans(page), *blocks(page)):
         for line in re.split(r"\n|&&|\|", text):
             match = re.match(r"\s*(?:NASLORA_\w+=\S+ )?naslora ([a-z]+)\b(.*)", line.split(" #")[0])
@@ -154,7 +149,7 @@ def test_commands_and_their_options_exist(page, options_of):
 
 
 @every_page
-def test_options_named_alone_exist(page, options_of):
+def test_options_named_alone_exist(page):
     known = set().union(*map(options_of, cli.commands()), FOREIGN_OPTIONS)
     bench = "".join(read(path) for path in (ROOT / "bench").rglob("*.py"))
     for span in spans(page):

@@ -1,6 +1,5 @@
 """Exported models: computed by other runtimes, loaded by other packages; and error messages."""
 
-import functools
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +7,7 @@ import pytest
 import torch
 from adapted_models import (
     adapted_encoder,
+    description,
     images,
     original_sam,
     randomize,
@@ -24,7 +24,7 @@ from torch import nn
 from naslora import NASLoRAConfig, UserError, inject, merge
 from naslora.sam.checkpoint import load_sam_checkpoint
 from naslora.sam.encoders import build_image_encoder
-from naslora.sam.export import Description, Embedding, Scores, export
+from naslora.sam.export import Embedding, Scores, export
 from naslora.sam.families.mobile_sam import NAMING
 from naslora.sam.runtimes import load_class_map
 from naslora.sam.segmentation import SamForSegmentation, build_model, labels_of
@@ -52,45 +52,22 @@ def segmenter(
     return model
 
 
-def description(model: SamForSegmentation, part="model") -> Description:
-    names = tuple(f"class {k}" for k in range(1, max(model.num_classes, 2)))
-    return Description("vit_t", model.image_size, model.num_classes, names, part)
-
-
-def run_onnx(path, x: torch.Tensor) -> torch.Tensor:
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = 1
-    session = onnxruntime.InferenceSession(str(path), options)
-    return torch.from_numpy(session.run(None, {"images": x.numpy()})[0])
-
-
 # ---------------------------------------------------------------- graphs
-
-
-@pytest.fixture(scope="module")
-def exported(tmp_path_factory, tiny_vit):
-    """A model, and the file that it was exported to. Tests share them and change neither."""
-
-    @functools.cache
-    def make(file_format, size, num_classes, mode, part):
-        model = segmenter(size, num_classes, mode=mode)
-        suffix = {"onnx": ".onnx", "torch-export": ".pt2"}[file_format]
-        path = tmp_path_factory.mktemp("exported") / f"model{suffix}"
-        export(model, description(model, part), file_format, path)
-        return model, path
-
-    return make
 
 
 def assert_onnx_runtime_computes(module, path, size):
     import onnx
 
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    session = onnxruntime.InferenceSession(str(path), options)
     for batch in (1, 3):  # the trace has a batch of two
         x = tokens(batch, 3, size, size).sigmoid()
         with torch.no_grad():
             expected = module(x)
+        found = torch.from_numpy(session.run(None, {"images": x.numpy()})[0])
         # float32 rounding over a few layers, with a margin.
-        torch.testing.assert_close(run_onnx(path, x), expected, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
     domains = {node.domain for node in onnx.load(path, load_external_data=False).graph.node}
     assert domains <= {"", "ai.onnx"}
     assert not list(path.parent.glob(".*"))
@@ -106,15 +83,17 @@ def assert_onnx_runtime_computes(module, path, size):
         (64, 1, "exact", "encoder"),
     ],
 )
-def test_onnx_runtime_computes_what_pytorch_does(exported, size, num_classes, mode, part):
+def test_onnx_runtime_computes_what_pytorch_does(tmp_path, size, num_classes, mode, part):
     """Two sizes test that no constant depends on the image size."""
-    model, path = exported("onnx", size, num_classes, mode, part)
+    model, path = segmenter(size, num_classes, mode=mode), tmp_path / "model.onnx"
+    export(model, description(model, part), "onnx", path)
     assert_onnx_runtime_computes((Scores if part == "model" else Embedding)(model), path, size)
 
 
-def test_torch_export_computes_and_predicts_what_pytorch_does(exported):
+def test_torch_export_computes_and_predicts_what_pytorch_does(tmp_path):
     # Three classes, because a test of the command line has a binary model.
-    model, path = exported("torch-export", SIZE, 3, "exact", "model")
+    model, path = segmenter(SIZE, 3), tmp_path / "model.pt2"
+    export(model, description(model), "torch-export", path)
     program = torch.export.load(path)
     operators = {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
     assert not [name for name in operators if "naslora" in name]  # it must load without naslora
@@ -230,7 +209,7 @@ def test_mobile_sam_gets_its_own_names(tmp_path):
     randomize(model)
     merge(model, "center")
     path = tmp_path / "merged.safetensors"
-    export(model, Description("mobile_sam", SIZE, 1, ("foreground",)), "safetensors", path)
+    export(model, description(model), "safetensors", path)
     exported = load_file(path)
     assert exported.keys() == state.keys()
     assert all(exported[name].shape == state[name].shape for name in state)
@@ -249,8 +228,7 @@ def test_relative_positions_become_one_operator(tmp_path):
     with torch.no_grad():
         expected = Embedding(model)(x)
     path = tmp_path / "a.pt2"
-    held = Description("vit_b", 64, 1, ("a",), "encoder")
-    export(model, held, "torch-export", path)
+    export(model, description(model, "encoder"), "torch-export", path)
     program = torch.export.load(path)
     targets = [str(node.target) for node in program.graph.nodes]
     assert sum("scaled_dot_product_attention" in name for name in targets) == 2

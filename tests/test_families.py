@@ -1,6 +1,7 @@
 """SAM-HQ, SAM 2, SAM 3 and Hugging Face's folders, against the transformers library."""
 
 import contextlib
+import functools
 import itertools
 import json
 import re
@@ -8,11 +9,11 @@ import re
 import numpy as np
 import pytest
 import torch
-from adapted_models import randomize
+from adapted_models import description, randomize
 from safetensors.torch import load_file, save_file
 from sam_families import (
-    CLASSES,
     SMALL,
+    classes,
     our_masks,
     pixels,
     randomize_all,
@@ -21,23 +22,14 @@ from sam_families import (
     small_models,
     their_masks,
 )
+from scipy.spatial.distance import cdist
 from torch.testing import assert_close
-from transformers import (
-    Sam2Config,
-    Sam2VideoConfig,
-    Sam2VideoModel,
-    Sam3TrackerConfig,
-    Sam3VideoConfig,
-    Sam3VideoModel,
-    SamConfig,
-    SamHQConfig,
-)
 
 from naslora import UserError, merge
 from naslora.adapter.layer.modules import adapter_layers
 from naslora.methods import METHODS, apply
 from naslora.sam.encoders import checkpoint_blocks, transformer_blocks
-from naslora.sam.export import Description, export
+from naslora.sam.export import export
 from naslora.sam.families import FAMILIES, find_family
 from naslora.sam.runtimes import load_class_map
 from naslora.sam.segmentation import SamForSegmentation, build_model, labels_of
@@ -60,19 +52,14 @@ def small():
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """Makes a folder of Hugging Face for a model, once."""
-    made = {}
 
+    @functools.cache
     def folder_of(name: str):
-        if name not in made:
-            made[name] = tmp_path_factory.mktemp("hf") / name
-            reference(name, side(name)).save_pretrained(made[name])
-        return made[name]
+        made = tmp_path_factory.mktemp("hf") / name
+        reference(name, side(name)).save_pretrained(made)
+        return made
 
     return folder_of
-
-
-def description(model: SamForSegmentation, part="model") -> Description:
-    return Description(model.name, model.image_size, model.num_classes, ("object",), part)
 
 
 # ---------------------------------------------------------------- the same masks
@@ -110,16 +97,8 @@ def real_size(name):
         yield
 
 
-@pytest.mark.parametrize(
-    ("name", "theirs"),
-    [
-        ("vit_b", SamConfig),
-        ("sam_hq_b", SamHQConfig),
-        ("sam2.1_t", Sam2Config),
-        ("sam3", Sam3TrackerConfig),
-    ],
-)
-def test_configurations_of_real_sizes_are_the_defaults_of_transformers(name, theirs):
+@pytest.mark.parametrize("name", ["vit_b", "sam_hq_b", "sam2.1_t", "sam3"])
+def test_configurations_of_real_sizes_are_the_defaults_of_transformers(name):
     family = find_family(name)
     with real_size(name):
         config = family.huggingface.config(name, family.image_size)
@@ -133,6 +112,7 @@ def test_configurations_of_real_sizes_are_the_defaults_of_transformers(name, the
             else:
                 assert np.array_equal(value, default[key]), key
 
+    _, theirs = classes(family.huggingface.architecture)
     assert_within(config, json.loads(theirs().to_json_string(use_diff=False)))
 
 
@@ -143,7 +123,7 @@ def test_configurations_of_real_sizes_are_the_defaults_of_transformers(name, the
 def test_a_folder_comes_back_without_a_missing_key(name, tmp_path):
     """Merged, with a trained mask token: the other tensors of the decoder have the same bits."""
     family, size = find_family(name), side(name)
-    kind, config_kind = CLASSES[family.huggingface.architecture]
+    kind, config_kind = classes(family.huggingface.architecture)
     original = kind(config_kind(**family.huggingface.config(name, size)))
     randomize_all(original)
     original.save_pretrained(tmp_path / "in")
@@ -184,7 +164,8 @@ def test_the_model_of_videos_loads_without_its_memory(folder, tmp_path):
         "occlusion_spatial_embedding_parameter": torch.ones(1, 64),
     }
     save_file({**tensors, **memory}, tmp_path / "model.safetensors", {"format": "pt"})
-    (tmp_path / "config.json").write_text(Sam2VideoConfig().to_json_string())
+    _, config = classes("Sam2VideoModel")
+    (tmp_path / "config.json").write_text(config().to_json_string())
     model = build_model("sam2.1_t", 64, 1, tmp_path)
     assert not set(memory) & set(model.left_out)
     with pytest.raises(UserError, match=r"is SAM 2.1 \(sam2.1_t\), and --model says sam2_t"):
@@ -192,12 +173,12 @@ def test_the_model_of_videos_loads_without_its_memory(folder, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "kind", "config"),
-    [("sam2.1_t", Sam2VideoModel, Sam2VideoConfig), ("sam3", Sam3VideoModel, Sam3VideoConfig)],
+    "name, architecture", [("sam2.1_t", "Sam2VideoModel"), ("sam3", "Sam3VideoModel")]
 )
-def test_every_tensor_of_the_model_of_videos_has_a_place(name, kind, config):
+def test_every_tensor_of_the_model_of_videos_has_a_place(name, architecture):
     """It is in our model, or a part that our decoder leaves out, or the memory's, or SAM 3's
     detector's."""
+    kind, config = classes(architecture)
     with real_size(name), torch.device("meta"):
         theirs = kind(config()).state_dict()
         ours = SamForSegmentation(name, side(name)).state_dict()
@@ -284,7 +265,7 @@ def test_an_official_checkpoint_of_sam2_comes_back_with_its_memory(tmp_path):
     class_map, _ = load_class_map(tmp_path / "out.safetensors")
     assert torch.equal(class_map(pixels(128)), model.eval()(pixels(128)).class_map())
     export(model, description(model), "huggingface", tmp_path / "hf")
-    kind, _ = CLASSES["Sam2Model"]
+    kind, _ = classes("Sam2Model")
     _, info = kind.from_pretrained(tmp_path / "hf", output_loading_info=True)
     assert not any(info.values()), info
 
@@ -524,10 +505,9 @@ def test_statistics_of_hiera_s_blocks():
     assert [block.window for block in found] == [8, 8, 4, 4, None, 14, 14]
 
     def uniform(window, step=1):
-        keys = np.stack(np.meshgrid(*[np.arange(window)] * 2, indexing="ij"), -1).reshape(-1, 2)
         side = np.arange(window // step) * step + (step - 1) / 2
-        queries = np.stack(np.meshgrid(side, side, indexing="ij"), -1).reshape(-1, 2)
-        return np.linalg.norm(queries[:, None] - keys, axis=-1).mean()
+        queries, keys = (list(itertools.product(at, at)) for at in (side, range(window)))
+        return cdist(queries, keys).mean()
 
     # 32 x 32 tokens of 4 pixels; the second block pools its queries; then 16 x 16 of 8 pixels.
     assert found[0].attention_distance == pytest.approx(4 * uniform(8), rel=1e-5)

@@ -15,9 +15,6 @@ SHAPE = cases.Shape("small", (2, 14, 14), 64, 96)
 ROWS = 2 * 14 * 14
 
 
-# ---- What Triton's kernels take ----------------------------------------------------------------
-
-
 @pytest.mark.campaign
 def test_triton_kernels_compile_for_real_cards_without_spills():
     """The oldest and the newest; `make triton-check` has them all."""
@@ -33,9 +30,6 @@ def test_triton_kernels_compile_for_real_cards_without_spills():
     for kernel in ("attention_forward", "attention_keys", "attention_queries"):
         assert f"\n| {kernel} | – | tcgen05.mma |\n" in result.stdout
     assert result.stdout.splitlines()[-1].endswith(" kernels compiled, 0 problems")
-
-
-# ---- What a launch moves -----------------------------------------------------------------------
 
 
 WORKS = {**launches.WORKS, **launches.OTHER_WORKS}
@@ -66,9 +60,6 @@ def test_a_large_batch_moves_little_beyond_the_least(direction, work):
     case = cases.HUGE_BATCH, 3
     least = KINDS["layer"].least_bytes(*case, direction, traffic.SETTING)
     assert traffic.moved(counted(work, case)) < 1.1 * least
-
-
-# ---- What attention moves ----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("shape", [cases.HUGE_GLOBAL, cases.HUGE], ids=lambda shape: shape.name)

@@ -4,8 +4,7 @@ import shlex
 
 import numpy as np
 import pytest
-from conftest import succeed
-from miniatures import save
+from conftest import succeed, write_pairs
 
 from naslora.files import read_json
 
@@ -17,21 +16,15 @@ TRAIN = shlex.split(
 )
 
 
-def street(root, void_label=VOID, seed=0):
+def street(root, void_label=VOID):
     """Three test images, and others, of four classes in random blocks, a fifth of them void."""
-    rng = np.random.default_rng(seed)
-    for split, count in (("train", 4), ("val", 1), ("test", 3)):
-        rows = ["image,label"]
-        for i in range(count):
-            blocks = rng.choice(5, (4, 5), p=[0.2, 0.2, 0.2, 0.2, 0.2])
-            mask = np.kron(blocks, np.ones((12, 8), int))  # 48 x 40
-            image = 60 * mask[..., None] + rng.integers(0, 15, (*mask.shape, 3))
-            mask[mask == 4] = void_label
-            for folder, pixels in (("images", image), ("masks", mask)):
-                save(root / folder / f"{split}{i}.png", pixels)
-            rows.append(f"images/{split}{i}.png,masks/{split}{i}.png")
-        (root / f"{split}.csv").write_text("\n".join(rows) + "\n")
-    return root
+
+    def draw(rng):
+        mask = np.kron(rng.integers(0, 5, (4, 5)), np.ones((12, 8), int))  # 48 x 40
+        image = 60 * mask[..., None] + rng.integers(0, 15, (*mask.shape, 3))
+        return image, np.where(mask == 4, void_label, mask)
+
+    return write_pairs(root, draw, train=4, val=1, test=3)
 
 
 @pytest.fixture(scope="module")

@@ -3,6 +3,7 @@
 import itertools
 import math
 
+import definition
 import pytest
 import torch
 from kernel_cases import (
@@ -14,6 +15,7 @@ from kernel_cases import (
     Target,
     assert_as_good_as_reference,
     cell_case,
+    drawing,
     few_costly,
     layer_case,
 )
@@ -21,16 +23,15 @@ from torch.testing import assert_close
 
 import naslora_kernels
 from naslora_kernels import (
-    OPERATIONS,
     folded_cell,
     folded_convolution,
     folded_linear,
     mixed_cell,
     nas_lora_linear,
 )
+from naslora_kernels.operations import AVG_POOL, MAX_POOL
 from naslora_kernels.ops import operator
 
-AVG_POOL, MAX_POOL = (OPERATIONS.index(name) for name in ("avg_pool_3x3", "max_pool_3x3"))
 POOLINGS = [(0.0, 0.0), (0.3, 0.0), (0.0, 0.4), (0.3, -0.4)]
 every_kernel = pytest.mark.parametrize("target", TARGETS)
 every_backend = pytest.mark.parametrize(
@@ -42,7 +43,7 @@ WEIGHTS = {"average": 0.2, "maximum": 0.3}
 
 
 def draw(*shape, seed=0):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return drawing(seed)[1](shape)
 
 
 def case_of(function, shapes, weights):
@@ -66,21 +67,11 @@ def result(case, target):
 
 
 def by_hand(z, kernel, average, maximum):
-    """y from its definition, pixel by pixel."""
-    batch, height, width, c = z.shape
-    reach = kernel.shape[-1] // 2
-    y = torch.zeros_like(z)
-    for row in range(height):
-        for column in range(width):
-            for dy in range(-reach, reach + 1):
-                for dx in range(-reach, reach + 1):
-                    if 0 <= row + dy < height and 0 <= column + dx < width:
-                        tap = kernel[:, :, dy + reach, dx + reach]
-                        y[:, row, column] += z[:, row + dy, column + dx] @ tap.T
-            window = z[:, max(row - 1, 0) : row + 2, max(column - 1, 0) : column + 2]
-            window = window.reshape(batch, -1, c)
-            y[:, row, column] += average * window.mean(1) + maximum * window.amax(1)
-    return y
+    """y from its definition."""
+    mean, largest = definition.poolings(z)
+    around = definition.windows(z, kernel.shape[-1])
+    y = torch.einsum("bhwkuv,okuv->bhwo", around, kernel)
+    return y + average * mean + maximum * largest
 
 
 DEFINED = [((2, 5, 7), 2, 3), ((1, 1, 1), 3, 9), ((2, 12, 4), 5, 9), ((1, 3, 3), 1, 1)]

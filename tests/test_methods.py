@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from adapted_models import differing, state_of, stir
 from conftest import SHORT, scores_of, succeed, write_data
+from segment_anything.modeling.image_encoder import add_decomposed_rel_pos
 from torch import nn
 
 from naslora import NASLoRAConfig, UserError, load_adapter, save_adapter, unmerge
@@ -68,18 +69,13 @@ def untouched(encoder):
     return copy.deepcopy(built(encoder))
 
 
-@pytest.fixture
-def make():
-    """Models with a method in evaluation mode; ``lively`` ones compute more than a fresh one."""
-
-    def build(method, encoder="vit_t", lively=False, config=DEFAULT, seed=0):
-        model = untouched(encoder)
-        apply(method, model, configure(method, config), seed)
-        if lively:  # no gradient is zero by design
-            stir(trainable_parameters(model), 0.02)
-        return model
-
-    return build
+def make(method, encoder="vit_t", lively=False, config=DEFAULT, seed=0):
+    """A model with a method in evaluation mode; ``lively`` ones compute more than a fresh one."""
+    model = untouched(encoder)
+    apply(method, model, configure(method, config), seed)
+    if lively:  # no gradient is zero by design
+        stir(trainable_parameters(model), 0.02)
+    return model
 
 
 def images(count=2, seed=0):
@@ -153,7 +149,7 @@ def test_parameters_on_vit_h(method, config, parameters):
 
 
 @fitting
-def test_gradients_reach_all_that_trains_and_nothing_else(make, method, encoder):
+def test_gradients_reach_all_that_trains_and_nothing_else(method, encoder):
     model = make(method, encoder, lively=True).train()
     if encoder == "mobile_sam":  # untrained, some of its norms scale with zero
         for module in model.image_encoder.modules():
@@ -167,7 +163,7 @@ def test_gradients_reach_all_that_trains_and_nothing_else(make, method, encoder)
 
 
 @fitting
-def test_the_seed_decides_the_start(make, method, encoder):
+def test_the_seed_decides_the_start(method, encoder):
     one, other = (state_of(make(method, encoder)) for _ in range(2))
     assert not differing(one, other)
     reseeded = state_of(make(method, encoder, seed=1))
@@ -178,7 +174,7 @@ def test_the_seed_decides_the_start(make, method, encoder):
 
 
 @fitting
-def test_gradient_checkpointing_and_bfloat16(make, method, encoder):
+def test_gradient_checkpointing_and_bfloat16(method, encoder):
     gradients = []
     for checkpointing in (False, True):
         model = make(method, encoder, lively=True).train()
@@ -245,7 +241,7 @@ def test_a_model_that_does_not_fit_is_refused(method, make_model, config, words)
     assert outline(model) == before and applied(model) is None
 
 
-def test_one_method_a_model(make):
+def test_one_method_a_model():
     model = make("bitfit")
     with pytest.raises(UserError, match="has a method already: bitfit"):
         apply("lora", model)
@@ -259,7 +255,7 @@ def test_one_method_a_model(make):
 
 
 @fitting
-def test_what_was_saved_loads(make, tmp_path, method, encoder):
+def test_what_was_saved_loads(tmp_path, method, encoder):
     model = make(method, encoder, lively=True)
     with torch.no_grad():
         for name, buffer in model.image_encoder.named_buffers():
@@ -305,7 +301,7 @@ OTHERS = [
 
 @pytest.mark.parametrize("saved, settings, method, own, words", OTHERS)
 def test_an_adapter_for_another_model_lists_what_differs(
-    make, tmp_path, saved, settings, method, own, words
+    tmp_path, saved, settings, method, own, words
 ):
     save_adapter(make(saved, config=NASLoRAConfig(**settings)), tmp_path)
     config = NASLoRAConfig(**own)
@@ -325,7 +321,7 @@ def test_an_adapter_for_another_model_lists_what_differs(
     [*((method, "vit_t") for method in MERGING), ("dora", "mobile_sam"),
      ("nas-pc-lora", "mobile_sam")],
 )  # fmt: skip
-def test_merged_computes_the_same(make, method, encoder):
+def test_merged_computes_the_same(method, encoder):
     model = make(method, encoder, lively=True)
     before, state = embed(model), state_of(model)
     report = merge(model, "exact")
@@ -346,7 +342,7 @@ def test_merged_computes_the_same(make, method, encoder):
 
 
 @pytest.mark.parametrize("method", [m for m in METHODS if m not in MERGING])
-def test_what_cannot_merge_says_why(make, method):
+def test_what_cannot_merge_says_why(method):
     model = make(method)
     before = outline(model)
     assert merge_modes(method) == []
@@ -401,25 +397,20 @@ def conv_lora_formula(layer, x, noise=None):
     return h, chosen, 1e-2 * variation
 
 
-@pytest.fixture
 def conv_lora_layer():
     """A layer in float64 whose gate separates maps, so that several experts are selected."""
-
-    def build(dtype=torch.float64):
-        torch.manual_seed(0)
-        base = nn.Linear(6, 10).to(dtype).requires_grad_(False)
-        config, balance = conv_lora.ConvLoRAConfig(), conv_lora.Balance()
-        layer = conv_lora.ConvLoRALinear(base, config, balance, layer_generator(0, "qkv"))
-        stir((p for name, p in layer.named_parameters() if not name.startswith("base")), 0.5)
-        with torch.no_grad():
-            layer.gate.mul_(3)
-        return layer
-
-    return build
+    torch.manual_seed(0)
+    base = nn.Linear(6, 10).double().requires_grad_(False)
+    config, balance = conv_lora.ConvLoRAConfig(), conv_lora.Balance()
+    layer = conv_lora.ConvLoRALinear(base, config, balance, layer_generator(0, "qkv"))
+    stir((p for name, p in layer.named_parameters() if not name.startswith("base")), 0.5)
+    with torch.no_grad():
+        layer.gate.mul_(3)
+    return layer
 
 
 @pytest.mark.parametrize("shape", [(24, 5, 4, 6), (24, 1, 1, 6), (1, 3, 7, 6)])
-def test_conv_lora_computes_its_formula(conv_lora_layer, shape):
+def test_conv_lora_computes_its_formula(shape):
     layer = conv_lora_layer().eval()
     x = torch.randn(shape, dtype=torch.float64)
     expected, quiet, _ = conv_lora_formula(layer, x.numpy())
@@ -444,7 +435,7 @@ def test_conv_lora_computes_its_formula(conv_lora_layer, shape):
     assert layer.balance.take() is None
 
 
-def test_the_auxiliary_loss_sums_over_the_layers(make):
+def test_the_auxiliary_loss_sums_over_the_layers():
     model = make("conv-lora", lively=True).train()
     layers = [m for m in model.modules() if isinstance(m, conv_lora.ConvLoRALinear)]
     singles = []
@@ -465,25 +456,19 @@ def prompted_attention(block, tokens):
     """(H, W, C): the image's rows of plain attention over [prompts, tokens] of one window."""
     attn, heads = block.attn, block.attn.num_heads
     height, width, channels = tokens.shape
-    head = channels // heads
     both = torch.cat([block.norm1(block.prompts), tokens.reshape(-1, channels)])  # (12 + N, C)
-    q, k, v = attn.qkv(both).split(channels, dim=1)
-    places = [(row, column) for row in range(height) for column in range(width)]
-    outputs = []
-    for part in (slice(h * head, (h + 1) * head) for h in range(heads)):
-        logits = q[:, part] @ k[:, part].T / head**0.5
-        bias = torch.zeros_like(logits)
-        for i, (row, column) in enumerate(places):
-            for j, (other_row, other_column) in enumerate(places):
-                r_h = attn.rel_pos_h[row - other_row + height - 1]
-                r_w = attn.rel_pos_w[column - other_column + width - 1]
-                bias[12 + i, 12 + j] = q[12 + i, part] @ (r_h + r_w)
-        outputs.append((logits + bias).softmax(-1) @ v[:, part])
+    parts = attn.qkv(both).unflatten(1, (3, heads, -1)).permute(1, 2, 0, 3)  # (3, h, 12 + N, d)
+    tables, sizes, outputs = (attn.rel_pos_h, attn.rel_pos_w), [(height, width)] * 2, []
+    for q, k, v in zip(*parts, strict=True):
+        logits = q @ k.T * q.shape[1] ** -0.5
+        image = logits[None, 12:, 12:]  # prompts have no position
+        logits[12:, 12:] = add_decomposed_rel_pos(image, q[None, 12:], *tables, *sizes)[0]
+        outputs.append(logits.softmax(-1) @ v)
     return attn.proj(torch.cat(outputs, 1)[12:]).reshape(tokens.shape)
 
 
 @pytest.mark.parametrize("index", [0, 1])  # in windows of 14 x 14, and over the whole grid
-def test_vpt_attends_to_prompts_and_window(make, index):
+def test_vpt_attends_to_prompts_and_window(index):
     model = make("vpt", lively=True)
     block = model.image_encoder.blocks[index]
     x = torch.randn(2, 4, 4, 32)
@@ -527,7 +512,7 @@ def test_mona_computes_its_equation():
         torch.testing.assert_close(layer(x), expected, rtol=1e-5, atol=1e-5)
 
 
-def test_monas_follow_attention_and_mlp(make):
+def test_monas_follow_attention_and_mlp():
     model = make("mona", lively=True)
     plain = built("vit_t").image_encoder.blocks[1]
     block, x = model.image_encoder.blocks[1], torch.randn(2, 4, 4, 32)
@@ -548,7 +533,7 @@ def test_high_frequencies_lose_the_low_ones():
 
 @pytest.mark.parametrize("name, widths", [("vit_t", [2]), ("mobile_sam", [8, 10, 20])])
 @torch.no_grad()
-def test_sam_adapter_adds_its_prompts_before_each_block(make, name, widths):
+def test_sam_adapter_adds_its_prompts_before_each_block(name, widths):
     model = make("sam-adapter", name, lively=True)
     encoder, batch = model.image_encoder, images()
     plain = built(name).image_encoder

@@ -140,9 +140,6 @@ def test_refusals(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-# ---- Encoders of Hugging Face --------------------------------------------------------------------
-
-
 def test_bitfit_trains_the_vision_encoder_alone(tmp_path):
     """The silent loss: the biases of the prompt encoder and the mask decoder trained, too."""
     model, fresh = build_sam(), build_sam()

@@ -30,11 +30,6 @@ def files_of(model: PeftModel, directory) -> dict:
     return json.loads((directory / "adapter_config.json").read_text())
 
 
-@pytest.fixture
-def encoder():
-    return build_encoder()
-
-
 def test_it_computes_what_inject_computes():
     ours, theirs = adapted_encoder(), get_peft_model(build_encoder(), NasLoraConfig())
     state = {
@@ -51,8 +46,8 @@ def test_it_computes_what_inject_computes():
     assert torch.equal(theirs(images()), ours(images())) and not torch.equal(first, second)
 
 
-def test_training_moves_the_adapter_and_modules_to_save_alone(encoder):
-    model = get_peft_model(encoder, NasLoraConfig(modules_to_save=["neck"])).train()
+def test_training_moves_the_adapter_and_modules_to_save_alone():
+    model = get_peft_model(build_encoder(), NasLoraConfig(modules_to_save=["neck"])).train()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     weights = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.Adam(weights, lr=1e-2)
@@ -107,14 +102,14 @@ def test_folders_of_save_adapter_and_of_peft_name_each_others_reader(tmp_path):
 
 
 @pytest.mark.parametrize("first", ["NAS-LoRA", "LoRA"])
-def test_lora_stands_on_other_layers(first, tmp_path, encoder):
+def test_lora_stands_on_other_layers(first, tmp_path):
     """Both are saved, loaded, switched and merged as PEFT's own."""
     configs = {
         "nas": NasLoraConfig(target_modules=["qkv"]),
         "plain": LoraConfig(target_modules=["lin1"], init_lora_weights=False),
     }
     names = list(configs) if first == "NAS-LoRA" else list(configs)[::-1]
-    model = get_peft_model(encoder, configs[names[0]], names[0])
+    model = get_peft_model(build_encoder(), configs[names[0]], names[0])
     model.add_adapter(names[1], configs[names[1]])
     model.base_model.set_adapter(names)
     expected = moved(model)(images())
@@ -128,8 +123,8 @@ def test_lora_stands_on_other_layers(first, tmp_path, encoder):
     assert (merged(images()) - expected).abs().max() < 1e-5 * expected.abs().max()
 
 
-def test_adapters_are_switched_disabled_and_deleted(encoder):
-    plain, model = encoder(images()), wrapped()
+def test_adapters_are_switched_disabled_and_deleted():
+    plain, model = build_encoder()(images()), wrapped()
     first = model(images())
     model.add_adapter("second", NasLoraConfig(r=6))
     model.set_adapter("second")
@@ -159,12 +154,12 @@ def test_two_active_adapters_add_their_updates():
     torch.testing.assert_close(outputs[2], expected)  # float32 rounding
 
 
-def test_a_center_merge_leaves_the_original_model(encoder):
+def test_a_center_merge_leaves_the_original_model():
     model = wrapped()
     merge(model, mode="center")
     expected = model(images())
     merged = model.merge_and_unload()
-    assert merged.state_dict().keys() == encoder.state_dict().keys()
+    assert merged.state_dict().keys() == build_encoder().state_dict().keys()
     assert torch.equal(merged(images()), expected)
 
 
@@ -193,8 +188,8 @@ def test_save_pretrained_of_the_host_stores_all_weights_or_refuses(last, line, t
     assert all(torch.equal(tensor, state[name]) for name, tensor in again.state_dict().items())
 
 
-def test_a_mixed_model_computes_and_does_not_merge(encoder):
-    mixed = get_peft_model(encoder, NasLoraConfig(), mixed=True)
+def test_a_mixed_model_computes_and_does_not_merge():
+    mixed = get_peft_model(build_encoder(), NasLoraConfig(), mixed=True)
     assert torch.equal(mixed(images()), build_encoder()(images()))
     with pytest.raises(UserError, match=r"call merge_and_unload\(\) of a PeftModel"):
         mixed.merge_and_unload()
@@ -239,16 +234,16 @@ def test_token_sequences_take_the_grid_that_the_host_states():
         ({"preset": "none such"}, "preset"),
     ],
 )
-def test_what_the_cell_does_not_support_is_refused(encoder, options, message):
+def test_what_the_cell_does_not_support_is_refused(options, message):
     with pytest.raises(UserError, match=message):
-        get_peft_model(encoder, NasLoraConfig(**options))
+        get_peft_model(build_encoder(), NasLoraConfig(**options))
 
 
-def test_other_adapters_beside_it_are_refused(encoder):
+def test_other_adapters_beside_it_are_refused():
     model, plain = wrapped(), LoraConfig(target_modules=["qkv"])
     with pytest.raises(UserError, match="takes NasLoraConfig, got LoraConfig"):
         model.add_adapter("plain", plain)
     with pytest.raises(UserError, match="qkv has plain LoRA already"):
-        get_peft_model(encoder, plain).add_adapter("nas", NasLoraConfig())
+        get_peft_model(build_encoder(), plain).add_adapter("nas", NasLoraConfig())
     with pytest.raises(UserError, match="has NAS-LoRA layers already"):
         inject(model, NASLoRAConfig())

@@ -3,7 +3,7 @@
 import pytest
 import timm
 import torch
-from adapted_models import randomize
+from adapted_models import description, randomize
 from safetensors.torch import save_file
 from sam_families import PLAIN, pixels, randomize_all, small_models
 from timm.models import eva, load_checkpoint, vision_transformer
@@ -11,7 +11,7 @@ from timm.models import eva, load_checkpoint, vision_transformer
 from naslora import UserError, merge
 from naslora.adapter.layer.modules import adapter_layers
 from naslora.methods import apply
-from naslora.sam.export import Description, export
+from naslora.sam.export import export
 from naslora.sam.families import find_family
 from naslora.sam.runtimes import load_class_map
 from naslora.sam.segmentation import SamForSegmentation, build_model
@@ -119,7 +119,7 @@ def test_the_decoder_keeps_new_weights_and_a_whole_model_comes_back(checkpoint, 
     randomize(model)
     merge(model, "center")
     out = tmp_path / "out.safetensors"
-    export(model, Description("dinov2_s", 84, 3, ("a", "b")), "safetensors", out)
+    export(model, description(model), "safetensors", out)
     class_map, _ = load_class_map(out)
     expected = model.eval()(pixels(84)).class_map()
     assert (class_map(pixels(84)) - expected).abs().max() < 1e-5  # positions are resized again

@@ -8,13 +8,8 @@ import torch
 from adapted_models import named, tokens
 from torch import nn
 from torch.testing import assert_close
-from transformers import (
-    Dinov2WithRegistersConfig,
-    Dinov2WithRegistersModel,
-    DINOv3ViTConfig,
-    DINOv3ViTModel,
-)
 
+from bench.families import transformers_model
 from naslora import (
     NASLoRAConfig,
     UserError,
@@ -113,13 +108,11 @@ def timm_with_registers():
 
 
 ENCODERS = {
-    "DINOv2": (
-        lambda: Dinov2WithRegistersModel(Dinov2WithRegistersConfig(**SMALL)), QKV, (64, 64)
-    ),
-    "DINOv3": (lambda: DINOv3ViTModel(DINOv3ViTConfig(**SMALL)), QKV, (64, 64)),
+    "DINOv2": (lambda: transformers_model("Dinov2WithRegistersModel", **SMALL), QKV, (64, 64)),
+    "DINOv3": (lambda: transformers_model("DINOv3ViTModel", **SMALL), QKV, (64, 64)),
     # Of its last block the output depends on the class token alone.
     "timm": (timm_with_registers, "qkv", (56, 84)),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("make, target, size", ENCODERS.values(), ids=ENCODERS)

@@ -2,16 +2,20 @@
 
 import json
 from pathlib import Path
+from unittest import mock
 
+import msgspec
 import numpy as np
 import pytest
 import torch
 from adapted_models import original_sam
-from conftest import SIZE, TRAIN, call, refusal, succeed
+from conftest import SIZE, TRAIN, call, refusal, succeed, write_pairs
 from PIL import Image
+from scipy import ndimage
 from segment_anything import SamAutomaticMaskGenerator, SamPredictor
 from segment_anything.modeling import ImageEncoderViT
 
+from bench.families import transformers_model
 from naslora.data.masks import IGNORED
 from naslora.data.objects import choose_objects, components, count_objects, numbered
 from naslora.data.regions import Drawing, Instance, draw_objects
@@ -20,7 +24,9 @@ from naslora.sam import prompts
 from naslora.sam.encoders import build_image_encoder
 from naslora.sam.prompts import build_promptable
 from naslora.trained import load_model
-from naslora.training.interactive import InteractiveLoss, objects_of
+from naslora.training import trainer
+from naslora.training.clicks import _next_clicks
+from naslora.training.interactive import InteractiveLoss, Objects, Prompts, objects_of
 
 pytestmark = pytest.mark.usefixtures("tiny_sam")
 
@@ -29,30 +35,23 @@ pytestmark = pytest.mark.usefixtures("tiny_sam")
 def run(tiny_sam, tmp_path_factory):
     """A finished run on squares, two in each image; tests only read it."""
     root = tmp_path_factory.mktemp("promptable")
-    write_squares(root / "data")
-    command = ("train", "--task", "promptable", "--data", root / "data", *TRAIN)
-    succeed(*command, "--clicks", "3", "--train-prompt-encoder", "--output", root / "run")
+    write_pairs(root / "data", squares, train=4, val=2, test=2)
+    succeed(*command_of(root / "data", root / "run"))
     return root / "run"
 
 
-def write_squares(root: Path, values=(7, 300), size=SIZE) -> Path:
-    """Images with two bright squares, and label images of 16 bits."""
-    (root / "images").mkdir(parents=True)
-    rng = np.random.default_rng(0)
-    for split, count in {"train": 4, "val": 2, "test": 2}.items():
-        lines = ["image,label"]
-        for i in range(count):
-            mask = np.zeros((size, size), np.uint16)
-            for value, left in zip(values, (2, size // 2 + 2), strict=True):
-                top = rng.integers(2, size - 12)
-                mask[top : top + 9, left : left + 9] = value
-            image = 180 * (mask > 0)[..., None] + rng.integers(0, 50, (size, size, 3))
-            Image.fromarray(image.astype(np.uint8)).save(root / f"images/{split}{i}.png")
-            Image.fromarray(255 * (mask > 0).astype(np.uint8)).save(root / f"{split}{i}.png")
-            Image.fromarray(mask).save(root / f"{split}{i}-numbers.png")
-            lines.append(f"images/{split}{i}.png,{split}{i}.png")
-        (root / f"{split}.csv").write_text("\n".join(lines) + "\n")
-    return root
+def command_of(data: Path, output: Path) -> tuple:
+    command = ("train", "--task", "promptable", "--data", data, *TRAIN, "--output", output)
+    return (*command, "--clicks", "3", "--train-prompt-encoder")
+
+
+def squares(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """An image with two bright squares, and its mask."""
+    mask = np.zeros((SIZE, SIZE), np.uint8)
+    for left in (2, SIZE // 2 + 2):
+        top = rng.integers(2, SIZE - 12)
+        mask[top : top + 9, left : left + 9] = 1
+    return 180 * mask[..., None] + rng.integers(0, 50, (SIZE, SIZE, 3)), 255 * mask
 
 
 # --- Objects ---
@@ -81,8 +80,6 @@ def test_objects_are_drawn_anew_in_each_epoch_and_are_not_too_small():
 
 
 def test_coco_instances_overlap_and_crowds_are_left_out():
-    import msgspec
-
     def square(x, y, side, **more):
         corners = [x, y, x + side, y, x + side, y + side, x, y + side]
         return Instance(0, 0, [list(map(float, corners))], **more)
@@ -156,15 +153,9 @@ def test_a_run_has_scores_by_clicks_beside_the_untouched_model(run):
 
 
 def test_a_run_resumes_to_the_same_bits(run, tmp_path):
-    command = ("train", "--task", "promptable", "--data", run.parent / "data", *TRAIN)
-    command = (*command, "--clicks", "3", "--train-prompt-encoder", "--output", tmp_path / "run")
-    from naslora.training import trainer
-
-    class Stop(Exception):
-        pass
-
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(Stop):
-        patch.setattr(trainer, "log", lambda *_: (_ for _ in ()).throw(Stop))
+    command = command_of(run.parent / "data", tmp_path / "run")
+    stop = mock.patch.object(trainer, "log", side_effect=ArithmeticError)
+    with stop, pytest.raises(ArithmeticError):
         call(*command)
     succeed(*command, "--resume")
     ours, theirs = (read_safetensors(next(p.glob("adapter/*.s*"))) for p in (run, tmp_path / "run"))
@@ -176,9 +167,6 @@ def test_a_run_resumes_to_the_same_bits(run, tmp_path):
 
 def test_clicks_are_the_centres_of_the_largest_errors():
     """The masks are what a prediction would have to be; the logits are made from them."""
-    from naslora.training.clicks import _next_clicks
-    from naslora.training.interactive import Objects, Prompts
-
     truth, predicted = np.zeros((20, 20), bool), np.zeros((20, 20), bool)
     truth[2:9, 3:10] = True  # 7 x 7, its centre is (6, 5)
     none = Prompts(torch.zeros(1, 1, 2), torch.full((1, 1), -1))
@@ -240,13 +228,11 @@ def test_the_exported_model_is_sam(run, tmp_path):
 
 def hugging_face_sam():
     """SAM of transformers, of the size of the tiny model."""
-    from transformers import SamConfig, SamModel
-
     vision = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "mlp_dim": 128}
     vision |= {"image_size": SIZE, "global_attn_indexes": [1]}
-    parts = {"prompt_encoder_config": {"image_size": SIZE}}
+    parts = {"vision_config": vision, "prompt_encoder_config": {"image_size": SIZE}}
     parts["mask_decoder_config"] = {"num_hidden_layers": 1, "mlp_dim": 64}
-    return SamModel(SamConfig(vision_config=vision, **parts)).eval()
+    return transformers_model("SamModel", **parts).eval()
 
 
 # --- What is refused, and what is said ---
@@ -266,11 +252,14 @@ def test_commands_that_do_not_fit_cost_a_line(command, run, tmp_path):
 
 
 def numbers_of(data: Path, folder: Path) -> Path:
-    """The same data with label images."""
+    """The same data with label images of 16 bits."""
+    for path in (data / "masks").iterdir():
+        parts, _ = ndimage.label(np.asarray(Image.open(path)))
+        Image.fromarray(np.array([0, 7, 300], np.uint16)[parts]).save(folder / path.name)
     for split in ("train", "val", "test"):
-        images = [line.split(",")[0] for line in (data / f"{split}.csv").read_text().splitlines()]
-        rows = [f"{data}/{image},{data}/{Path(image).stem}-numbers.png" for image in images[1:]]
-        (folder / f"{split}.csv").write_text("\n".join(["image,label", *rows]) + "\n")
+        text = (data / f"{split}.csv").read_text()
+        text = text.replace("images/", f"{data}/images/").replace("masks/", f"{folder}/")
+        (folder / f"{split}.csv").write_text(text)
     return folder
 
 

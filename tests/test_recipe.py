@@ -7,9 +7,8 @@ import miniatures
 import pytest
 import yaml
 from conftest import scores_of, succeed
-from hypothesis import given
 from hypothesis import strategies as st
-from reliability.conftest import draws
+from reliability.conftest import fuzz
 from run_configs import run_config
 
 from naslora.errors import UserError
@@ -90,9 +89,6 @@ def test_the_command_with_flags_that_override(trees, tiny_sam, tmp_path, dataset
     assert scores_of(run, "--resolution", "network")["resolution"] == "32 x 32"
 
 
-# --- recipes of one's own
-
-
 def test_a_file_of_ones_own_builds_on_another(tmp_path):
     (tmp_path / "base.yaml").write_text(
         "model: {name: vit_b}\ntraining: {epochs: 3, learning_rate: 1e-3}\n"
@@ -109,9 +105,6 @@ def test_a_file_of_ones_own_builds_on_another(tmp_path):
     assert (lora.rank, lora.blocks) == (5, (0, 2))
 
 
-# --- any values
-
-
 SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=9)
 VALUES = st.recursive(SCALARS, lambda inner: st.lists(inner, max_size=3), max_leaves=4)
 DEFAULTS = run_config(root="/data", training={"mixed_precision": "no"}).to_dict()
@@ -125,8 +118,6 @@ RECIPES = st.dictionaries(st.sampled_from(NAMES), VALUES | SETTINGS, max_size=3)
 def test_any_recipe_is_read_or_refused_in_one_line(tmp_path, examples):
     path = tmp_path / "own.yaml"
 
-    @draws(examples)
-    @given(RECIPES, st.sampled_from(NAMES), VALUES)
     def check(recipe, name, value):
         path.write_text(yaml.safe_dump(recipe), encoding="utf-8")
         stored = json.loads(json.dumps(DEFAULTS))
@@ -141,4 +132,4 @@ def test_any_recipe_is_read_or_refused_in_one_line(tmp_path, examples):
             except UserError as error:
                 assert "\n" not in str(error) and len(str(error)) < 1000
 
-    check()
+    fuzz(examples, check, recipe=RECIPES, name=st.sampled_from(NAMES), value=VALUES)

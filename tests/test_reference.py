@@ -1,15 +1,11 @@
-"""The reference cell and layer against a NumPy loop that computes every operation pixel by pixel.
-
-The loop is written from the definition of the eight operations, not from the code under test, and
-runs in float64.
-"""
+"""The reference cell and layer against their definition, checks of arguments, and backends."""
 
 import contextlib
 import importlib.machinery
 import sys
 import types
 
-import numpy as np
+import definition
 import pytest
 import torch
 from fresh_process import run_fresh
@@ -31,62 +27,19 @@ from naslora_kernels import (
 # 100 * 2**-53 is 1e-14, and 1e-11 leaves room for cancellation.
 FLOAT64 = {"rtol": 1e-11, "atol": 1e-11}
 
-# (kernel size, dilation) of the convolutions, in the order of alpha.
-CONVOLUTIONS = ((3, 1), (5, 1), (3, 2), (5, 2))
-
 # The last but one is larger than the 9 x 9 window of the dilated 5 x 5 kernel.
 SHAPES = [(1, 1, 1), (2, 1, 1), (1, 1, 7), (1, 7, 1), (1, 2, 2), (2, 3, 5), (1, 11, 10), (0, 5, 4)]
 # (rank, number of channels); "all" gives the operator no list of them.
 SELECTIONS = [(1, "all"), (3, "all"), (3, 2), (3, 3), (3, 0), (5, 3), (1, 1)]
 
 
-def loop_cell(z, alpha, depthwise, pw, channels):
-    """The mixed cell in float64 NumPy, one output pixel and channel at a time."""
-    batch, height, width, _ = z.shape
-    weights = np.exp(alpha - np.max(alpha))
-    weights = weights / weights.sum()
-    y = z.copy()
-    for b in range(batch):
-        for row in range(height):
-            for column in range(width):
-                y[b, row, column, channels] = _loop_pixel(
-                    z[b][:, :, channels], row, column, weights, depthwise, pw
-                )
-    return y
-
-
-def _loop_pixel(maps, row, column, weights, depthwise, pw):
-    height, width, c = maps.shape
-    result = np.zeros(c)
-    for i, (kernel, dilation) in enumerate(CONVOLUTIONS):
-        filtered = np.zeros(c)
-        for u in range(kernel):
-            for v in range(kernel):
-                r = row + dilation * (u - kernel // 2)
-                s = column + dilation * (v - kernel // 2)
-                if 0 <= r < height and 0 <= s < width:
-                    for k in range(c):
-                        filtered[k] += depthwise[i][k, u, v] * maps[r, s, k]
-        for out in range(c):
-            for k in range(c):
-                result[out] += weights[i] * pw[i, out, k] * filtered[k]
-    rows = range(max(row - 1, 0), min(row + 2, height))
-    columns = range(max(column - 1, 0), min(column + 2, width))
-    for k in range(c):
-        window = [maps[r, s, k] for r in rows for s in columns]
-        result[k] += weights[4] * (sum(window) / len(window))
-        result[k] += weights[5] * np.max(window)  # np.max, unlike max(), propagates NaN
-        result[k] += weights[6] * maps[row, column, k]
-    return result  # weights[7] is that of "none"
-
-
-def by_loop(case, z=None):
-    """The cell of a case, or of its layer for z, by the loop."""
-    alpha, *depthwise, pw = (case.arguments[name].double().numpy() for name in CELL)
-    z = (case.arguments["z"] if z is None else z).double().numpy()
+def by_definition(case, z=None):
+    """The cell of a case, or of its layer for z, in float64."""
+    alpha, *depthwise, pw = (case.arguments[name].double() for name in CELL)
+    z = (case.arguments["z"] if z is None else z).double()
     channels = case.options["channels"]
-    channels = list(range(z.shape[-1])) if channels is None else channels.tolist()
-    return torch.from_numpy(loop_cell(z, alpha, depthwise, pw, channels))
+    channels = torch.arange(z.shape[-1]) if channels is None else channels
+    return definition.cell(z, alpha, depthwise, pw, channels)
 
 
 def make(function, grid, rank, channels, **options):
@@ -108,11 +61,11 @@ def result(case):
 
 @pytest.mark.parametrize("rank, channels", SELECTIONS)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_cell_equals_the_loop(shape, rank, channels):
+def test_cell_equals_the_definition(shape, rank, channels):
     case = make("cell", shape, rank, channels)
     y = result(case)
     assert y.shape == case.arguments["z"].shape and y.dtype == torch.float64
-    assert_close(y, by_loop(case), **FLOAT64)
+    assert_close(y, by_definition(case), **FLOAT64)
 
 
 def single(case, operation):
@@ -123,11 +76,11 @@ def single(case, operation):
 
 
 @pytest.mark.parametrize("operation", range(8), ids=OPERATIONS)
-def test_each_operation_alone_equals_the_loop(operation):
+def test_each_operation_alone_equals_the_definition(operation):
     """An error in one cannot hide behind the others."""
     case = single(make("cell", (2, 4, 5), 3, 2), operation)
     y, z, channels = result(case), case.arguments["z"], case.options["channels"]
-    assert_close(y, by_loop(case), **FLOAT64)
+    assert_close(y, by_definition(case), **FLOAT64)
     if OPERATIONS[operation] == "skip_connect":
         assert torch.equal(y, z)
     if OPERATIONS[operation] == "none":
@@ -137,13 +90,13 @@ def test_each_operation_alone_equals_the_loop(operation):
 @pytest.mark.parametrize("with_bias", [True, False])
 @pytest.mark.parametrize("rank, channels", [(3, "all"), (3, 2), (3, 0), (5, 3)])
 @pytest.mark.parametrize("shape", [(2, 3, 4), (1, 1, 1), (0, 3, 4)], ids=str)
-def test_layer_equals_the_loop(shape, rank, channels, with_bias):
+def test_layer_equals_the_definition(shape, rank, channels, with_bias):
     case = make("layer", shape, rank, channels, scaling=2.5)
     if not with_bias:
         del case.arguments["bias"]
         case.options["bias"] = None
     a = case.arguments
-    y = by_loop(case, torch.einsum("bhwi,ri->bhwr", a["x"], a["lora_A"]))
+    y = by_definition(case, torch.einsum("bhwi,ri->bhwr", a["x"], a["lora_A"]))
     expected = torch.einsum("bhwi,oi->bhwo", a["x"], a["weight"]) + a.get("bias", 0)
     expected = expected + 2.5 * torch.einsum("bhwr,or->bhwo", y, a["lora_B"])
     assert_close(result(case), expected, **FLOAT64)
@@ -152,9 +105,8 @@ def test_layer_equals_the_loop(shape, rank, channels, with_bias):
 def test_nan_and_infinity_propagate():
     case = make("cell", (1, 12, 12), 2, "all")
     z = case.arguments["z"]
-    z[0, 1, 1, 0], z[0, 10, 10, 1], z[0, 1, 10, 1] = np.nan, np.inf, -np.inf
-    with np.errstate(invalid="ignore"):  # inf - inf is NaN on both sides
-        expected = by_loop(case)
+    z[0, 1, 1, 0], z[0, 10, 10, 1], z[0, 1, 10, 1] = torch.nan, torch.inf, -torch.inf
+    expected = by_definition(case)
     assert expected.isnan().any() and expected.isinf().any() and expected.isfinite().any()
     assert_close(result(case), expected, equal_nan=True, **FLOAT64)
 
@@ -229,19 +181,14 @@ def test_folded_convolution_has_41_taps_and_equals_the_operations():
     # 5 x 5 dense taps and 5 x 5 with dilation 2, which share 3 x 3.
     assert (kernel != 0).any(0).any(0).sum() == 41
     y = torch.nn.functional.conv2d(z.permute(0, 3, 1, 2), kernel, padding=4).permute(0, 2, 3, 1)
-    assert_close(y, by_loop(case), **FLOAT64)
+    assert_close(y, by_definition(case), **FLOAT64)
 
 
 # ---------------------------------------------------------------- checks
 
 
-def cell_arguments(**changes):
-    case = make("cell", (2, 3, 4), 3, 2).to(torch.float32)
-    return {**case.arguments, "channels": torch.tensor([2, 0]), **changes}
-
-
-def layer_arguments(**changes):
-    case = make("layer", (2, 3, 4), 3, 2).to(torch.float32)
+def arguments_of(function, **changes):
+    case = make(function, (2, 3, 4), 3, 2).to(torch.float32)
     return {**case.arguments, **case.options, "channels": torch.tensor([2, 0]), **changes}
 
 
@@ -275,14 +222,14 @@ BAD_LAYERS = [
     ("scaling", 10**400, ValueError, ["finite", "int beyond"]),
     ("backend", ("cpp",), TypeError, ["a name or None", "tuple"]),
 ]
-BAD = [(mixed_cell, cell_arguments, *case) for case in BAD_CELLS]
-BAD += [(nas_lora_linear, layer_arguments, *case) for case in BAD_LAYERS]
+BAD = [*(("cell", *case) for case in BAD_CELLS), *(("layer", *case) for case in BAD_LAYERS)]
 
 
-@pytest.mark.parametrize("function, arguments, name, value, kind, fragments", BAD)
-def test_bad_arguments_are_named(function, arguments, name, value, kind, fragments):
+@pytest.mark.parametrize("function, name, value, kind, fragments", BAD)
+def test_bad_arguments_are_named(function, name, value, kind, fragments):
+    call = mixed_cell if function == "cell" else nas_lora_linear
     with pytest.raises(kind) as error:
-        function(**arguments(**{name: value}))
+        call(**arguments_of(function, **{name: value}))
     message = str(error.value)
     assert message.startswith(f"{name}:") and "expected" in message and "got" in message
     assert "\n" not in message and all(fragment in message for fragment in fragments)
@@ -303,7 +250,7 @@ def test_16_bit_maps_take_float32_adapters_but_no_float32_base():
 def test_channels_are_checked_again(mode):
     """After a change in place, and at another rank."""
     with mode():
-        arguments = cell_arguments()
+        arguments = arguments_of("cell")
         mixed_cell(**arguments)
         with pytest.raises(ValueError, match=r"0\.\.1"):
             mixed_cell(**arguments | {"z": torch.zeros(1, 2, 2, 2)})
@@ -338,7 +285,7 @@ def fake_backend(monkeypatch):
 
 
 def served_by_fake(dtype=torch.float32, **named):
-    arguments = cell_arguments()
+    arguments = arguments_of("cell")
     tensors = {name: arguments[name].to(dtype) for name in ("z", *CELL)}
     return bool((mixed_cell(**arguments | tensors, **named) == 42.0).all())
 

@@ -103,9 +103,6 @@ def test_a_run_from_other_weights_is_refused(weights):
         resolve(config)
 
 
-# --- Prompts ---
-
-
 def test_prompts_are_in_pixels_of_the_image(weights):
     predictor = prompts.build_predictor("vit_t", SIZE)
     image = np.random.default_rng(0).integers(0, 256, (20, 50, 3), dtype=np.uint8)
@@ -119,9 +116,6 @@ def test_prompts_are_in_pixels_of_the_image(weights):
         predictor.predict(box=np.array([10, 4, 60, 16]))
     with pytest.raises(UserError, match="a predictor for vit_b needs pre-trained weights"):
         prompts.build_predictor("vit_b", SIZE)
-
-
-# --- The real weights ---
 
 
 def test_the_shipped_weights_segment_what_a_box_names():

@@ -28,15 +28,11 @@ from naslora.training.run_data import tiles_of
 SIDE = 16
 
 
-def blended(grid, maps):
-    return torch.cat([band for _, band in grid.blend(maps)], dim=1)
-
-
 def by_tiles(tiles, image, function):
     """The blended class maps of a (1, H, W) image's tiles."""
     grid = Grid(tiles, *image.shape[1:])
-    boxes = grid.boxes()
-    return blended(grid, (function(image[:, b.top : b.bottom, b.left : b.right]) for b in boxes))
+    maps = (function(image[:, b.top : b.bottom, b.left : b.right]) for b in grid.boxes())
+    return torch.cat([band for _, band in grid.blend(maps)], dim=1)
 
 
 # --- the grid

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 from adapted_models import state_of
-from conftest import write_data
+from conftest import error_of, write_data
 from run_configs import run_config
 
 from naslora.adapter.io.storage import trained_state
@@ -162,8 +162,7 @@ def test_the_datas_own_split_takes_no_weight_steps_away():
 
 
 def test_a_single_image_cannot_be_held_out():
-    with pytest.raises(UserError, match="at least 2"):
-        epoch_images("hold-out", train=1).of(0)
+    assert "at least 2" in error_of(epoch_images("hold-out", train=1).of, 0)
 
 
 def test_the_own_split_joins_the_training_images_unless_alpha_takes_it(data, tmp_path):
@@ -410,8 +409,7 @@ def test_the_precision_of_a_run_that_is_not_given_one(monkeypatch, launched, gpu
 def test_fp16_without_a_gpu_is_refused():
     if torch.cuda.is_available():
         pytest.skip("this machine has a GPU")
-    with pytest.raises(UserError, match="fp16 needs a GPU"):
-        make_accelerator(TrainConfig(mixed_precision="fp16"))
+    assert "fp16 needs a GPU" in error_of(make_accelerator, TrainConfig(mixed_precision="fp16"))
 
 
 # --- Checkpoints, and when to stop ---
@@ -541,8 +539,7 @@ def test_weights_spoilt_by_the_last_step_are_not_kept(make_trainer):
             group.parameters[0].grad.fill_(torch.inf)
 
     watch(trainer, "weights", spoil)
-    with pytest.raises(UserError, match="epoch 2/2 on the validation images"):
-        trainer.run()
+    assert "epoch 2/2 on the validation images" in error_of(trainer.run)
     assert load_last(trainer) == 1
 
 

@@ -152,9 +152,9 @@ def test_folds_keep_volumes_together(tmp_path):
 # --- bad input
 
 
-def problem(root, *row):
+def problem(root, *row, how=None):
     (root / "train.csv").write_text("image,label\n" + ",".join(row))
-    return error_of(load_all, "csv", root, "--folds")
+    return error_of(load_all, "csv", root, "--folds", how=how or Slicing())
 
 
 def test_bad_volumes(tmp_path, monkeypatch):
@@ -178,14 +178,12 @@ def test_bad_volumes(tmp_path, monkeypatch):
         assert message in problem(tmp_path, *row), files
     assert "a.png is none" in problem(tmp_path, "a.nii.gz", "a.png")
     tifffile.imwrite(tmp_path / "rgb.tif", np.zeros((4, 8, 8, 3), np.uint8), photometric="rgb")
-    stacks = Slicing(stacks=True)
     save(tmp_path / "a.tif", image)
     for row, message in {
         ("rgb.tif", "a.tif"): "rgb.tif has 4 axes",
         ("a.tif", "a.nii.gz"): "a.nii.gz is none",
     }.items():
-        (tmp_path / "train.csv").write_text("image,label\n" + ",".join(row))
-        assert message in error_of(load_all, "csv", tmp_path, "--folds", how=stacks)
+        assert message in problem(tmp_path, *row, how=Slicing(stacks=True))
     assert "broken.nii cannot be read" in problem(tmp_path, "broken.nii", "a.nii.gz")
     monkeypatch.setitem(sys.modules, "nibabel", None)
     line = "needs nibabel; run pip install 'naslora[volumes]'"

@@ -6,10 +6,18 @@ import os
 import adapted_models
 import pytest
 import torch
-from adapted_models import adapted_encoder, build_encoder, images, randomize, snapshot
+from adapted_models import (
+    adapted_encoder,
+    build_encoder,
+    images,
+    outputs,
+    randomize,
+    shard,
+    snapshot,
+)
 from conftest import in_two_processes
 from safetensors.torch import load_file
-from torch import distributed, nn
+from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.optim.swa_utils import AveragedModel
 
@@ -73,23 +81,22 @@ def test_adapters_of_wrapped_models_are_those_of_bare_ones(wrap, tmp_path, singl
     for name in (CONFIG_NAME, WEIGHTS_NAME):
         files = [(tmp_path / folder / name).read_bytes() for folder in ("plain", "wrapped")]
         assert files[0] == files[1]
-    with torch.no_grad():
-        expected = plain(images())
-        bare_again = build_encoder()
-        load_adapter(bare_again, tmp_path / "wrapped")
-        assert torch.equal(bare_again(images()), expected)
-        other = trained_encoder(seed=7)
-        randomize(other, 9)
-        other = wrap(other)
-        assert not torch.equal(unwrap(other)(images()), expected)
-        load_adapter(other, tmp_path / "plain")
-        assert torch.equal(unwrap(other)(images()), expected)
-        unadapted = build_encoder()
-        if wrap is nn.parallel.DistributedDataParallel:  # it refuses models without gradients
-            unadapted.neck.requires_grad_(True)
-        unadapted = wrap(unadapted) if wrap is not checkpointed else unadapted
-        load_adapter(unadapted, tmp_path / "plain")
-        assert torch.equal(unwrap(unadapted)(images()), expected)
+    expected = outputs(plain)
+    bare_again = build_encoder()
+    load_adapter(bare_again, tmp_path / "wrapped")
+    assert torch.equal(outputs(bare_again), expected)
+    other = trained_encoder(seed=7)
+    randomize(other, 9)
+    other = wrap(other)
+    assert not torch.equal(outputs(unwrap(other)), expected)
+    load_adapter(other, tmp_path / "plain")
+    assert torch.equal(outputs(unwrap(other)), expected)
+    unadapted = build_encoder()
+    if wrap is nn.parallel.DistributedDataParallel:  # it refuses models without gradients
+        unadapted.neck.requires_grad_(True)
+    unadapted = wrap(unadapted) if wrap is not checkpointed else unadapted
+    load_adapter(unadapted, tmp_path / "plain")
+    assert torch.equal(outputs(unwrap(unadapted)), expected)
 
 
 def test_a_part_called_module_keeps_its_name(tmp_path):
@@ -112,26 +119,21 @@ MERGES = {name: (wrap, mode) for (name, wrap), mode in zip(WRAPPERS.items(), MOD
 def test_wrapped_models_merge(wrap, mode, tmp_path, single_process_group):
     batches = [images(seed) for seed in range(4)]
     plain = trained_encoder().eval()
-    with torch.no_grad():
-        before = plain(images())
+    before = outputs(plain)
     expected = merge(plain, mode, batches)
     model = wrap(trained_encoder()).eval()
     modules = snapshot(model)["modules"]
-    with torch.no_grad():
-        unwrap(model)(images())  # compiles
+    outputs(unwrap(model))  # compiles
     report = merge(model, mode, batches)
     assert [e.update_error for e in report.layers] == [e.update_error for e in expected.layers]
-    with torch.no_grad():
-        assert torch.equal(model(images()), plain(images()))
+    assert torch.equal(outputs(model), outputs(plain))
     save_merged(model, tmp_path)
     loaded = build_encoder()
     load_merged(loaded, tmp_path)
-    with torch.no_grad():
-        assert torch.equal(loaded(images()), plain(images()))
+    assert torch.equal(outputs(loaded), outputs(plain))
     unmerge(model)
     assert snapshot(model)["modules"] == modules
-    with torch.no_grad():
-        assert torch.equal(model(images()), before)
+    assert torch.equal(outputs(model), before)
 
 
 def test_fsdp1_is_refused(single_process_group):
@@ -145,38 +147,25 @@ def test_fsdp1_is_refused(single_process_group):
 # ---------------------------------------------------------------- FSDP2
 
 
-def shard(model: nn.Module, parts: bool = True) -> nn.Module:
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
-
-    mesh = init_device_mesh("cpu", (distributed.get_world_size(),))
-    for block in model.blocks if parts else ():
-        fully_shard(block, mesh=mesh)
-    return fully_shard(model, mesh=mesh)
-
-
 def check_fsdp2(folder, parts: bool) -> None:
     """Saves and loads, on every process."""
     plain = trained_encoder().eval()
     model = shard(trained_encoder().eval(), parts)
-    with torch.no_grad():
-        expected = plain(images())
+    expected = outputs(plain)
     assert all(hasattr(parameter, "full_tensor") for parameter in model.parameters())
     save_adapter(model, folder / "adapter")
-    with torch.no_grad():
-        assert torch.equal(model(images()), expected)  # the root stays gathered after this
+    assert torch.equal(outputs(model), expected)  # the root stays gathered after this
     save_adapter(model, folder / "gathered")
     for name in ("adapter", "gathered"):
         loaded = build_encoder()
         load_adapter(loaded, folder / name)
-        with torch.no_grad():
-            assert torch.equal(loaded(images()), expected)
+        assert torch.equal(outputs(loaded), expected)
     other = shard(randomized := trained_encoder(seed=3).eval(), parts)
     with torch.no_grad():
         randomized.neck[0].weight.mul_(2.0)
-        assert not torch.equal(other(images()), expected)
-        load_adapter(other, folder / "adapter")
-        assert torch.equal(other(images()), expected)
+    assert not torch.equal(outputs(other), expected)
+    load_adapter(other, folder / "adapter")
+    assert torch.equal(outputs(other), expected)
     state = base_state_dict(model)
     assert state.keys() == build_encoder().state_dict().keys()
     bare = base_state_dict(plain)

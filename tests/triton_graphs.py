@@ -15,23 +15,13 @@ from torch._higher_order_ops.triton_kernel_wrap import get_kernel, kernel_side_t
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import Graph, GraphModule
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
-from triton.backends.compiler import GPUTarget
 
+from bench.gpu.triton_resources import AbsentCard
 from naslora_kernels import triton as backend
 from naslora_kernels.cell import Cell, LoRALinear
 
 RANK, CHANNELS = 3, 2
 CELL = [(CHANNELS, size, size) for size in (3, 5, 3, 5)] + [(4, CHANNELS, CHANNELS)]
-
-
-class Hopper:
-    """The part of a Triton driver that is needed to ask what a kernel writes to."""
-
-    def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", 90, 32)
-
-    def get_current_device(self) -> int:
-        return 0
 
 
 def launches(graph: Graph) -> list[list]:
@@ -89,7 +79,7 @@ def traced(dtype: torch.dtype, trained: str, dynamic: bool = False) -> dict[str,
 
 
 if __name__ == "__main__":
-    triton.runtime.driver.set_active(Hopper())
+    triton.runtime.driver.set_active(AbsentCard(90))
     cases = {
         "weights": traced(torch.float32, "weights"),
         "architecture": traced(torch.bfloat16, "architecture"),

@@ -20,21 +20,26 @@ import math
 import re
 import sys
 import time
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 import tyro
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader
+from torchvision.transforms.v2 import InterpolationMode
+from torchvision.transforms.v2 import functional as transforms
 
-from bench.experiments.crops import Crops, find_images
 from naslora.data.cache import Cache
-from naslora.data.dataset import SegmentationDataset
-from naslora.data.sampling import GlobalBatches
+from naslora.data.dataset import Item, SegmentationDataset
+from naslora.data.images import Sample
+from naslora.data.layouts import list_images, read_csv
+from naslora.data.sampling import AUGMENT, GlobalBatches, hold_out, seeded_generator
 from naslora.errors import UserError
 from naslora.files import read_json, read_torch, write_json, write_tensors, write_torch
 from naslora.records import from_json, to_json, write_rows
@@ -48,6 +53,8 @@ from naslora.training.run_config import differing
 CONFIG, HISTORY, LAST = "config.json", "history.csv", "last.pt"
 POSITIONS = re.compile(r"pos_embed$|rel_pos_[hw]$")
 CLIP_NORM = 1.0
+FULL_SIZE = 1.375
+"""Side of the images from which crops are taken, in sides of a crop."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,6 +115,56 @@ class Pass:
     """Time of the pass, without the scoring."""
 
 
+# ---- Images --------------------------------------------------------------------------------------
+
+
+class Crops(SegmentationDataset):
+    """Random crops of images, half of them mirrored.
+
+    An epoch takes one crop of every image. After ``settings.crops`` epochs the crops repeat.
+    """
+
+    def __init__(self, samples: Sequence[Sample], settings: Settings, cache: Cache) -> None:
+        side = round(FULL_SIZE * settings.image_size)
+        super().__init__(samples, side, 1, seed=settings.seed, cache=cache)
+        self.settings = settings
+
+    def __getitem__(self, index: int) -> Item:
+        """A crop."""
+        count, size = self.settings.crops, [self.settings.image_size] * 2
+        draw = seeded_generator(AUGMENT, self.seed, int(self._epoch) % count, index)
+        pixels, _ = self.read(self.samples[index])
+        bicubic = InterpolationMode.BICUBIC
+        pixels = transforms.resized_crop(pixels, *self._box(draw), size, bicubic, antialias=True)
+        if draw.random() < 0.5:
+            pixels = transforms.horizontal_flip(pixels)
+        return {"image": transforms.to_dtype(pixels, torch.float32, scale=True)}
+
+    def _box(self, draw: np.random.Generator) -> tuple[int, int, int, int]:
+        """Top, left, height and width: sides between 3:4 and 4:3, as far as they fit."""
+        area = draw.uniform(self.settings.smallest_crop, 1)
+        ratio = np.exp(draw.uniform(np.log(3 / 4), np.log(4 / 3)))
+        sides = np.clip(np.sqrt([area * ratio, area / ratio]), None, 1)
+        height, width = (self.image_size * sides).round().astype(int).tolist()
+        top = int(draw.integers(self.image_size - height + 1))
+        return top, int(draw.integers(self.image_size - width + 1)), height, width
+
+
+def find_images(settings: Settings) -> tuple[list[Sample], list[Sample]]:
+    """Finds the images to train on, and the photographs to score on.
+
+    Raises:
+        UserError: a folder is missing or holds no images.
+    """
+    folder = Path(settings.photographs)
+    found = [Sample(path, None, path.name) for path in list_images(folder)]
+    if not found:
+        raise UserError(f"there are no images in {folder}; give another --photographs")
+    kept, scored = hold_out(found, settings.held_out, settings.seed)
+    more = [s._replace(mask=None) for folder in settings.also for s in read_csv(folder)["train"]]
+    return settings.repeat * kept + more, scored
+
+
 # ---- Teacher and student -------------------------------------------------------------------------
 
 
@@ -144,10 +201,10 @@ def build_student(settings: Settings, teacher: SamForSegmentation) -> SamForSegm
 
 def make_optimizer(encoder: nn.Module, settings: Settings) -> torch.optim.Optimizer:
     """AdamW, which decays matrices and kernels only."""
-    parameters = dict(encoder.named_parameters())
-    decayed = [p for n, p in parameters.items() if p.dim() > 1 and not POSITIONS.search(n)]
-    ids = {id(p) for p in decayed}
-    others = [p for p in parameters.values() if id(p) not in ids]
+    decayed, others = [], []
+    for name, parameter in encoder.named_parameters():
+        decays = parameter.dim() > 1 and not POSITIONS.search(name)
+        (decayed if decays else others).append(parameter)
     groups = [{"params": decayed}, {"params": others, "weight_decay": 0.0}]
     rate, decay = settings.learning_rate, settings.weight_decay
     return torch.optim.AdamW(groups, lr=rate, weight_decay=decay, betas=(0.9, 0.98), fused=True)
@@ -187,13 +244,9 @@ class Distillation:
         self.student = Embedding(build_student(settings, teacher))
         self.optimizer = make_optimizer(self.student, settings)
         self.mean = AveragedModel(self.student, multi_avg_fn=self._average, use_buffers=True)
-        train, held_out = find_images(
-            settings.photographs, settings.held_out, settings.repeat, settings.also, settings.seed
-        )
+        train, held_out = find_images(settings)
         self.cache = cache = Cache(output / "cache")
-        self.crops = Crops(
-            train, size, settings.crops, settings.smallest_crop, settings.seed, cache
-        )
+        self.crops = Crops(train, settings, cache)
         self.photographs = SegmentationDataset(held_out, size, 1, cache=cache)
         places = range(len(self.crops))
         self.batches = GlobalBatches(places, settings.batch_size, seed=settings.seed)

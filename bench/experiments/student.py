@@ -10,15 +10,13 @@ teacher that cover less than 1 % or more than 60 % of a photograph are left out.
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
 import tyro
 from segment_anything import SamPredictor
 
-from bench.experiments.crops import find_images
-from bench.experiments.distill import CONFIG, Settings, similarity
+from bench.experiments.distill import CONFIG, Settings, find_images, similarity
 from naslora.data.images import Sample, open_picture
 from naslora.files import read_json
 from naslora.report.tables import Table, markdown_table
@@ -29,14 +27,6 @@ GRID = 3
 """Points of a photograph along a side."""
 AREAS = (0.01, 0.6)
 SMALL = 0.1
-
-
-class Agreement(NamedTuple):
-    """The IoU of the masks of a prompt, and the share of the photograph in the teacher's."""
-
-    kind: str
-    area: float
-    iou: float
 
 
 def main(run: tyro.conf.Positional[Path]) -> None:
@@ -51,8 +41,7 @@ def main(run: tyro.conf.Positional[Path]) -> None:
     size = settings.image_size
     teacher = build_predictor(settings.teacher, size, settings.checkpoint)
     student = build_predictor(settings.student, size, run / f"{settings.student}.safetensors")
-    folder = Path(settings.photographs)
-    _, held_out = find_images(folder, settings.held_out, 1, (), settings.seed)
+    _, held_out = find_images(settings)
     print(markdown_table(_table(held_out, teacher, student)))
 
 
@@ -84,8 +73,11 @@ def _table(samples: list[Sample], teacher: SamPredictor, student: SamPredictor) 
 
 def _agreements(
     image: np.ndarray, teacher: SamPredictor, student: SamPredictor
-) -> Iterator[Agreement]:
-    """The agreement for each prompt. Both predictors have the (H, W, 3) image set."""
+) -> Iterator[tuple[str, float, float]]:
+    """For each prompt its kind, the share of the photograph in the teacher's mask, and the IoU.
+
+    Both predictors have the (H, W, 3) image set.
+    """
     height, width = image.shape[:2]
     steps = (np.arange(GRID) + 0.5) / GRID
     for x in steps * width:
@@ -95,11 +87,11 @@ def _agreements(
             area = float(mask.mean())
             if not AREAS[0] <= area <= AREAS[1]:
                 continue
-            yield Agreement("points", area, _iou(mask, _mask(student, **point)))
+            yield "points", area, _iou(mask, _mask(student, **point))
             rows, columns = np.nonzero(mask)
             box = np.array([columns.min(), rows.min(), columns.max() + 1, rows.max() + 1])
             mask = _mask(teacher, box=box)
-            yield Agreement("boxes", float(mask.mean()), _iou(mask, _mask(student, box=box)))
+            yield "boxes", float(mask.mean()), _iou(mask, _mask(student, box=box))
 
 
 def _mask(predictor: SamPredictor, **prompt: np.ndarray) -> np.ndarray:

@@ -13,7 +13,7 @@ from torch import Tensor
 from bench import cases
 from naslora_kernels.cell import Cell, LoRALinear
 from naslora_kernels.launches import Launches, Primitives
-from naslora_kernels.operations import CONVOLUTIONS, FOLDED_SIZE
+from naslora_kernels.operations import FOLDED_SIZE
 from naslora_kernels.triton.attention import TritonAttention
 from naslora_kernels.triton.tiles import most_features
 
@@ -28,7 +28,6 @@ class Operands:
         maps = partial(torch.randn, device=device, dtype=dtype)
         wide = torch.promote_types(dtype, torch.float)
         numbers = partial(torch.randn, device=device, dtype=wide)
-        c = cases.channels_of(rank)
         self.x, self.z = maps(*shape.grid, shape.c_in), maps(*shape.grid, rank)
         self.grad_y, self.grad_h = maps(*shape.grid, rank), maps(*shape.grid, shape.c_out)
         self.linear = LoRALinear(
@@ -37,12 +36,8 @@ class Operands:
             numbers(rank, shape.c_in),
             numbers(shape.c_out, rank),
         )
-        self.cell = Cell(
-            numbers(8),
-            *(numbers(c, conv.kernel, conv.kernel) for conv in CONVOLUTIONS),
-            numbers(4, c, c),
-            torch.arange(c, device=device),
-        )
+        parameters = [p.detach().to(wide) for p in cases.cell_parameters(rank, device).values()]
+        self.cell = Cell(*parameters, torch.arange(cases.channels_of(rank), device=device))
         self.folded = (numbers(rank, rank, FOLDED_SIZE, FOLDED_SIZE), 0.3, 0.2)
 
 

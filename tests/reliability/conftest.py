@@ -2,6 +2,7 @@
 
 import faulthandler
 import fcntl
+import functools
 import os
 import shutil
 import signal
@@ -16,10 +17,11 @@ import torch
 from conftest import TRAIN, succeed, tiny_models, write_checkpoint, write_data
 from filelock import FileLock
 from fresh_process import Result
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, given, settings
+from hypothesis.strategies import SearchStrategy
 from safetensors.torch import load_file
 
-from naslora import cli, prediction  # noqa: F401, forks find imported what commands import
+from naslora import UserError, cli, prediction  # noqa: F401, forks find imported what commands import
 from naslora.report.figures import Drawing
 
 # Seconds after which a forked command that hangs prints where, and ends.
@@ -164,11 +166,7 @@ def _all_of(pipe: int) -> str:
 @pytest.fixture
 def forked(tiny_sam):
     """Starts a command in a fork."""
-
-    def start(*arguments, prepare=lambda: None):
-        return Forked(arguments, prepare)
-
-    return start
+    return lambda *arguments, **options: Forked(arguments, **options)
 
 
 def train(world, output):
@@ -198,10 +196,22 @@ with tiny_models():
 """``naslora`` with small models, in a process that is no fork."""
 
 
-def draws(examples: int) -> settings:
-    """Lets Hypothesis draw so many examples; CI draws the same few each time."""
+def fuzz(examples: int, check: Callable[..., None], **strategies: SearchStrategy) -> None:
+    """Calls ``check`` with so many examples that Hypothesis draws. CI draws the same few each time.
+
+    A ``UserError`` of one line is as good as a result.
+    """
+
+    @functools.wraps(check)
+    def judged(**values) -> None:
+        try:
+            check(**values)
+        except UserError as error:
+            assert str(error) and "\n" not in str(error)
+
     free = {"deadline": None, "database": None, "suppress_health_check": list(HealthCheck)}
-    return settings(max_examples=examples, derandomize=examples < 1000, **free)
+    few = settings(max_examples=examples, derandomize=examples < 1000, **free)
+    few(given(**strategies)(judged))()
 
 
 def one_line(err: str) -> str:

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import yaml
 from conftest import error_of
-from hypothesis import given
 from hypothesis import strategies as st
 from miniatures import check_samples, save
 from PIL import Image
@@ -20,8 +19,7 @@ from test_masks import CLASSES, DISC, NOISE, grey
 from naslora.data.datasets import load_splits
 from naslora.data.images import Sample
 from naslora.data.masks import IGNORED, read_mask
-from naslora.errors import UserError
-from reliability.conftest import draws
+from reliability.conftest import fuzz
 
 TABLES = {
     group["name"]: group["cases"]
@@ -114,18 +112,6 @@ EXAMPLES = pytest.mark.parametrize(
 )
 
 
-def fuzz(check, examples: int, **strategies: st.SearchStrategy) -> None:
-    """Calls ``check`` with examples; a ``UserError`` of one line is as good as a result."""
-
-    def judged(**values: Any) -> None:
-        try:
-            check(**values)
-        except UserError as error:
-            assert str(error)
-
-    draws(examples)(given(**strategies)(judged))()
-
-
 NUMBERS = st.integers() | st.floats() | st.sampled_from([0, 16, 20, 320, 2**31, 2**62])
 JSON = st.recursive(
     st.none() | st.booleans() | NUMBERS | st.text(),
@@ -163,7 +149,7 @@ def test_any_coco_file(coco, examples):
         for mask in read_all(coco, with_field(*change)):
             assert mask.dtype == np.int32 and set(np.unique(mask)) <= {0, 1, 2, IGNORED}
 
-    fuzz(check, examples, change=CHANGES)
+    fuzz(examples, check, change=CHANGES)
 
 
 @EXAMPLES
@@ -172,7 +158,7 @@ def test_any_csv_file(tmp_path, examples):
     cells = st.sampled_from(["image", "label", "a.png", ".", "", '"', "\0", "../"]) | st.text()
     rows = st.lists(st.lists(cells, max_size=4).map(",".join), max_size=5).map("\n".join)
     files = st.binary(max_size=80) | rows.map(lambda text: ("image,label\n" + text).encode())
-    fuzz(lambda content: read_csv(tmp_path, content), examples, content=files)
+    fuzz(examples, lambda content: read_csv(tmp_path, content), content=files)
 
 
 @EXAMPLES
@@ -195,8 +181,8 @@ def test_any_mask(tmp_path, examples):
 
     early = st.integers(0, 200) | st.integers(0, 1 << 14)
     fuzz(
-        check,
         examples,
+        check,
         content=st.sampled_from(good),
         changes=st.dictionaries(early, st.integers(0, 255), max_size=6),
         end=st.just(0) | st.integers(0, 500),

@@ -127,7 +127,9 @@ def test_one_line_and_a_status(world, clean_world, capfd, group, kind, case):
         spoil_file(world, case)
         arguments = command(case["run"], world, clean_world)
     elif kind is None:
-        arguments = command(text, world, clean_world, input=quoted(case[0]))
+        # Options with parentheses as the shell would take them in quotes.
+        words = (w if w[0] in "{-" else shlex.quote(w) for w in case[0].split())
+        arguments = command(text, world, clean_world, input=" ".join(words))
     else:
         spoil = {"json": spoil_json, "tensors": spoil_tensors, "torch": spoil_torch}[kind]
         spoil(own(world / group[kind]), *case[:-1])
@@ -147,11 +149,6 @@ def test_nothing_is_written_where_a_file_says(world, clean_world, text):
     spoil_json(own(world / "run/config.json"), "data.cache", str(world / "elsewhere"))
     succeed(*command(text, world, clean_world))
     assert not (world / "elsewhere").exists()
-
-
-def quoted(text: str) -> str:
-    """Options with parentheses as the shell would take them in quotes."""
-    return " ".join(word if word[0] in "{-" else shlex.quote(word) for word in text.split())
 
 
 def test_no_arguments_print_the_usage():

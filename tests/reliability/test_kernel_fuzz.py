@@ -13,6 +13,7 @@ import pytest
 import torch
 from hypothesis import strategies as st
 from kernel_cases import (
+    DTYPES,
     LAYOUTS,
     TARGETS,
     Case,
@@ -26,6 +27,7 @@ from torch.autograd import forward_ad
 
 import naslora_kernels
 from naslora_kernels import mixed_cell, nas_lora_linear, rel_pos_attention
+from reliability.conftest import fuzz
 
 pytestmark = only_cpp
 
@@ -52,31 +54,23 @@ def tensors(function, device="cpu"):
 # ---- Tampered channels ---------------------------------------------------------------------------
 
 
-def write_data(channels, value):
-    channels.data[0] = value
-
-
-def write_numpy(channels, value):
-    channels.detach().numpy()[0] = value
-
-
-def write_storage(channels, value):
-    view = torch.empty(0, dtype=torch.int64).set_(channels.untyped_storage())
-    view[0] = value
-
-
-WRITES = [write_data, write_numpy, write_storage]
+# Views of a tensor's memory, whose writes raise no version.
+VIEWS = {
+    "data": lambda channels: channels.data,
+    "numpy": lambda channels: channels.detach().numpy(),
+    "storage": lambda channels: torch.tensor([], dtype=int).set_(channels.untyped_storage()),
+}
 BAD = [RANK, -1, 2**62, -(2**63), 0]  # 0 repeats the second channel
 
 
 @pytest.mark.parametrize("value", BAD)
-@pytest.mark.parametrize("write", WRITES)
+@pytest.mark.parametrize("view", VIEWS)
 @pytest.mark.parametrize("before", ["forward", "backward"])
 @pytest.mark.parametrize("function", [mixed_cell, nas_lora_linear])
-def test_channels_changed_between_calls(function, before, write, value):
+def test_channels_changed_between_calls(function, before, view, value):
     arguments, options = tensors(function)
     result = function(**arguments, **options, backend="cpp")
-    write(options["channels"], value)
+    VIEWS[view](options["channels"])[0] = value
     with pytest.raises(ValueError, match=REFUSED):
         if before == "forward":
             function(**arguments, **options, backend="cpp")
@@ -156,9 +150,12 @@ CALLS = {
 }
 
 
+@pytest.mark.parametrize("calls", [500, pytest.param(20_000, marks=pytest.mark.campaign)])
 @pytest.mark.parametrize("call", CALLS)
-def test_channels_written_by_another_thread(call):
-    assert hammer(CALLS[call](), 500) > 0
+def test_channels_written_by_another_thread(call, calls):
+    refused = hammer(CALLS[call](), calls)
+    print(f"{call}: {refused} of {calls} calls refused")
+    assert refused > 0
 
 
 @pytest.mark.parametrize("target", TARGETS[1:])
@@ -182,27 +179,15 @@ def test_channels_on_a_gpu_stay_within_the_map(target, value):
 # ---- Other tensors that change between forward and backward --------------------------------------
 
 
-def other_shape(tensor):
-    tensor.data = tensor.new_zeros(1)
-
-
-def larger(tensor):
-    tensor.data = tensor.new_zeros([2 * size + 1 for size in tensor.shape])
-
-
-def other_dtype(tensor):
-    tensor.data = tensor.detach().to(torch.float64 if tensor.is_floating_point() else torch.int32)
-
-
-def freed_storage(tensor):
-    tensor.untyped_storage().resize_(0)
-
-
-def halved_storage(tensor):
-    tensor.untyped_storage().resize_(tensor.untyped_storage().nbytes() // 2)
-
-
-CHANGES = [other_shape, larger, other_dtype, freed_storage, halved_storage]
+# What replaces a tensor's data, and what is left of the bytes of its storage.
+DATA = {
+    "other shape": lambda tensor: tensor.new_zeros(1),
+    "larger": lambda tensor: tensor.new_zeros([2 * size + 1 for size in tensor.shape]),
+    "other dtype": lambda tensor: tensor.detach().to(
+        torch.float64 if tensor.is_floating_point() else torch.int32
+    ),
+}
+STORAGES = {"freed": lambda size: 0, "halved": lambda size: size // 2}
 SAVED = ["alpha", "dw_sep3", "dw_sep5", "dw_dil3", "dw_dil5", "pw", "channels"]
 
 
@@ -214,7 +199,7 @@ OF_FUNCTIONS = {
 SAVED_BY = [(function, name) for function, names in OF_FUNCTIONS.items() for name in names]
 
 
-@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("change", [*DATA, *STORAGES])
 @pytest.mark.parametrize(
     ("target", "function", "name"),
     few_costly(TARGETS, SAVED_BY, lambda function, name: name in ("alpha", "k")),
@@ -224,11 +209,16 @@ def test_saved_tensors_that_change(target, function, name, change):
 
     Assignments to ``.data`` raise no version.
     """
-    if target.backend == "triton" and change in (freed_storage, halved_storage):
+    if target.backend == "triton" and change in STORAGES:
         pytest.skip("its check looks at shapes and dtypes")
     arguments, options = tensors(function, target.device)
     result = function(**arguments, **options, backend=target.backend)
-    change(options[name] if name == "channels" else arguments[name])
+    tensor = options[name] if name == "channels" else arguments[name]
+    if change in DATA:
+        tensor.data = DATA[change](tensor)
+    else:
+        storage = tensor.untyped_storage()
+        storage.resize_(STORAGES[change](storage.nbytes()))
     # Of rel_h and rel_w only the product of the last sizes is known.
     named = f"({name}|rel_h, rel_w)" if name.startswith("rel") else name
     with pytest.raises(RuntimeError, match=rf"^{named}: .*changed between forward and backward"):
@@ -238,29 +228,16 @@ def test_saved_tensors_that_change(target, function, name, change):
 # ---- Random calls --------------------------------------------------------------------------------
 
 SPECIAL = (0.0, -0.0, float("inf"), float("-inf"), float("nan"), 1e-45, 6e-8, 65504.0, 3.4e38)
-DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 class Subclass(torch.Tensor):
     pass
 
 
-def negative(tensor):  # complex numbers have no 16-bit parts that all operators know
-    return torch.complex(torch.zeros_like(tensor), -tensor).conj().imag
-
-
-def expanded(tensor):
-    return tensor[(0,) * tensor.dim()].expand(tensor.shape)
-
-
-def zero(tensor):
-    return torch._efficientzerotensor(tensor.shape, dtype=tensor.dtype)
-
-
 FORMS = {
-    "negative bit": negative,
-    "no memory": zero,
-    "expanded": expanded,
+    "negative bit": lambda t: torch.complex(torch.zeros_like(t), -t).conj().imag,
+    "no memory": lambda t: torch._efficientzerotensor(t.shape, dtype=t.dtype),
+    "expanded": lambda t: t[(0,) * t.dim()].expand(t.shape),
     "subclass": lambda tensor: tensor.as_subclass(Subclass),
     "parameter": torch.nn.Parameter,
     **LAYOUTS,
@@ -287,6 +264,7 @@ def exotic(draw, case):
 
     def form(tensor):
         name = draw(st.sampled_from(("plain", *FORMS)))
+        # Complex numbers have no 16-bit parts that all operators know.
         unfit = name == "negative bit" and tensor.dtype.itemsize == 2
         unfit |= name == "channels_first" and tensor.dim() < 2
         if name == "plain" or unfit or not tensor.numel():
@@ -315,20 +293,6 @@ def agrees_with_reference(case, needed, results):
             unit = torch.finfo(case.gradient.dtype).eps * max(1.0, float(exact[name].abs().max()))
             error = float((value.double() - exact[name]).abs().max())
             assert error <= 100 * unit, f"{name}: error {error:.3g}, unit {unit:.3g}"
-
-
-def fuzz(examples):
-    """Random examples, the same in every run; NASLORA_FUZZ_SEED gives others."""
-    seed_of_run = hypothesis.seed(int(os.environ.get("NASLORA_FUZZ_SEED", "0")))
-    checks = list(hypothesis.HealthCheck)
-    run = hypothesis.settings(
-        max_examples=examples,
-        deadline=None,
-        database=None,
-        suppress_health_check=checks,
-        phases=(hypothesis.Phase.generate,),
-    )
-    return lambda test: seed_of_run(run(hypothesis.given(st.data())(test)))
 
 
 def random_call(data):
@@ -398,39 +362,19 @@ WRONG = (
 )
 
 
-@fuzz(60)
-def test_random_calls(data):
-    random_call(data)
+MANY = int(os.environ.get("NASLORA_FUZZ_CALLS", "10000"))
+RANDOM = [(random_call, 60), (operator_call, 100)]
+RANDOM += [pytest.param(call, MANY, marks=pytest.mark.campaign) for call, _ in RANDOM]
 
 
-@fuzz(100)
-def test_operators_of_wrong_sizes(data):
-    operator_call(data)
-
-
-@pytest.mark.campaign
-@pytest.mark.parametrize("call", [random_call, operator_call])
-def test_ten_thousand_random_calls(call):
-    fuzz(int(os.environ.get("NASLORA_FUZZ_CALLS", "10000")))(lambda data: call(data))()
-
-
-@pytest.mark.campaign
-@pytest.mark.parametrize("call", CALLS)
-def test_channels_written_by_another_thread_for_long(call):
-    refused = hammer(CALLS[call](), 20000)
-    print(f"{call}: {refused} of 20000 calls refused")
-    assert refused > 0
+@pytest.mark.parametrize("call, examples", RANDOM)
+def test_random_calls(call, examples):
+    """The same in every run; NASLORA_FUZZ_SEED gives others."""
+    seeded = hypothesis.seed(int(os.environ.get("NASLORA_FUZZ_SEED", "0")))
+    fuzz(examples, seeded(call), data=st.data())
 
 
 # ---- Derivatives that the kernels do not have ----------------------------------------------------
-
-
-def vmap(function, leaf):
-    return torch.func.vmap(function)(torch.stack([leaf, 2 * leaf]))
-
-
-def jvp(function, leaf):
-    return torch.func.jvp(function, (leaf,), (leaf.cos(),))[1]
 
 
 def dual(function, leaf):
@@ -440,8 +384,8 @@ def dual(function, leaf):
 
 
 TRANSFORMS = {
-    "vmap": vmap,
-    "jvp": jvp,
+    "vmap": lambda function, leaf: torch.func.vmap(function)(torch.stack([leaf, 2 * leaf])),
+    "jvp": lambda function, leaf: torch.func.jvp(function, (leaf,), (leaf.cos(),))[1],
     "forward-mode": dual,
     "grad": lambda function, leaf: torch.func.grad(lambda t: function(t).square().sum())(leaf),
     "batched backward": lambda function, leaf: torch.autograd.functional.jacobian(

@@ -33,7 +33,7 @@ PLACES = (0.5, 0.0, 1.0)  # in a map, between two corners
 
 
 def with_value(case, name, value):
-    tensor = case.gradient if name == "gradient" else case.arguments[name]
+    tensor = case.tensor(name)
     tensor.view(-1)[tensor.numel() // 2] = value
     return case
 
@@ -66,8 +66,7 @@ def test_a_map_that_is_not_finite(target, kind, dtype):
     for grid, value, place, name in itertools.product(maps_of(target), values, places, changed):
         case = KINDS[kind](grid).to(dtype)
         first = next(iter(case.arguments))
-        maps = case.arguments[first] if name == "first" else case.gradient
-        pixels = maps.flatten(0, 2)  # a view
+        pixels = case.tensor(first if name == "first" else name).flatten(0, 2)  # a view
         channel = 0 if kind == "layer" else case.options["channels"][0]
         pixels[round(place * (len(pixels) - 1)), channel] = value
         case = case.on(target.device)
@@ -99,8 +98,7 @@ def test_nothing_hides_an_infinity_or_a_nan(target, kind, dtype):
 
 def scaled(case, **factors):
     for name, factor in factors.items():
-        tensor = case.gradient if name == "gradient" else case.arguments[name]
-        tensor.mul_(factor)
+        case.tensor(name).mul_(factor)
     return case
 
 

@@ -5,7 +5,6 @@ from unittest import mock
 
 import pytest
 import torch
-from hypothesis import given
 from hypothesis import strategies as st
 
 from naslora.errors import UserError
@@ -18,7 +17,7 @@ from naslora.training.resolve import read_config
 from naslora.training.run_data import prepare_data
 from naslora.training.run_model import build_adapted_model
 from naslora.training.trainer import Trainer
-from reliability.conftest import draws
+from reliability.conftest import fuzz
 
 EXAMPLES = [pytest.param(30, id="few"), pytest.param(3000, marks=pytest.mark.campaign, id="many")]
 # What a file can hold in place of a tensor t.
@@ -89,15 +88,6 @@ def shallow(value):
     return [shallow(item) for item in value] if isinstance(value, list) else value
 
 
-def fuzz(examples, check):
-    @draws(examples)
-    @given(st.data())
-    def run(data):
-        check(data.draw)
-
-    run()
-
-
 def finite(tensors):
     return all(tensor.isfinite().all() for tensor in tensors if tensor.is_floating_point())
 
@@ -111,10 +101,10 @@ def test_checkpoints(tiny_vit, tmp_path, examples):
     path = tmp_path / "sam.pth"
     path.touch()
 
-    def check(draw):
+    def check(data):
         stored = dict(whole)
-        name = draw(st.sampled_from(sorted(stored)))
-        stored[name] = damaged(stored[name], draw)
+        name = data.draw(st.sampled_from(sorted(stored)))
+        stored[name] = damaged(stored[name], data.draw)
         with mock.patch("torch.load", lambda *args, **options: stored):
             try:
                 load_sam_checkpoint(model, path)
@@ -125,22 +115,22 @@ def test_checkpoints(tiny_vit, tmp_path, examples):
         assert finite(model.state_dict().values())
         model.load_state_dict({n: v for n, v in whole.items() if n not in head})
 
-    fuzz(examples, check)
+    fuzz(examples, check, data=st.data())
 
 
 @pytest.mark.parametrize("examples", EXAMPLES)
 def test_last(clean_world, tiny_sam, fresh_accelerate, examples):
     config = read_config(clean_world / "run/config.json")
     accelerator = make_accelerator(config.training)
-    data, _ = prepare_data(config, accelerator)
+    splits, _ = prepare_data(config, accelerator)
     model = build_adapted_model(config)
-    trainer = Trainer(model, data, config, clean_world / "run", accelerator)
+    trainer = Trainer(model, splits, config, clean_world / "run", accelerator)
     whole = torch.load(clean_world / "run/last.pt", weights_only=True)
     start = copy.deepcopy(trainer.model.state_dict())
 
-    def check(draw):
+    def check(data):
         stored = shallow(whole)
-        spoil(stored, draw)
+        spoil(stored, data.draw)
         with mock.patch.object(resuming, "read_torch", lambda path: stored):
             try:
                 trainer.resume()
@@ -157,7 +147,7 @@ def test_last(clean_world, tiny_sam, fresh_accelerate, examples):
         for group in trainer.groups:
             group.optimizer.state.clear()
 
-    fuzz(examples, check)
+    fuzz(examples, check, data=st.data())
 
 
 def trains_on(trainer):
