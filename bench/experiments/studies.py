@@ -366,7 +366,8 @@ STUDIES = {
             f"{method}{name and f', {name}'}": _joined(settings, own)
             for name, own in ONE_CHANGE.items()
             for method, settings in BOTH.items()
-        },
+        }
+        | {"from LoRA": FROM_LORA},
         epochs=dict.fromkeys(("kvasir_seg", "leaf_disease", "crackforest", "camvid"), 30),
         columns=TRAINING | SECONDS,
         train_images=240,
