@@ -17,7 +17,8 @@ import tyro
 
 from naslora.errors import UserError
 from naslora.settings import COMMON, Settings
-from naslora.training.run_config import RunConfig, load_recipe
+from naslora.training.recipe import load_recipe
+from naslora.training.run_config import RunConfig
 
 
 def parse(command: Callable[..., None], arguments: list[str]) -> Callable[[], None]:

@@ -48,8 +48,11 @@ def _is_lost_worker(error: BaseException) -> bool:
 
 
 def flush_results() -> None:
-    """Writes what was printed: Python would print a traceback if it failed when it ends. Raises a
-    ``UserError`` if standard output is closed or full."""
+    """Writes what was printed: Python would print a traceback if it failed when it ends.
+
+    Raises:
+        UserError: standard output is closed or full.
+    """
     try:
         sys.stdout.flush()
     except OSError as error:

@@ -213,8 +213,11 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
 
 
 def read_metadata(path: Path) -> dict[str, str]:
-    """The metadata of a safetensors file, with its checksum. The tensors are not read. Raises a
-    ``UserError`` if the file is missing, truncated or not a safetensors file."""
+    """The metadata of a safetensors file, with its checksum. The tensors are not read.
+
+    Raises:
+        UserError: the file is missing, truncated or not a safetensors file.
+    """
     with reading(path, NO_SAFETENSORS), safe_open(path, "pt") as file:
         return dict(file.metadata() or {})
 
@@ -260,8 +263,11 @@ def reading(path: Path, problem: str = "is damaged or has another format") -> It
 
 
 def check_archive(path: Path) -> None:
-    """Verifies the CRC-32 of every record of a zip archive, such as PyTorch writes; raises a
-    ``UserError`` if one is damaged, or the file is no zip archive."""
+    """Verifies the CRC-32 of every record of a zip archive, such as PyTorch writes.
+
+    Raises:
+        UserError: one is damaged, or the file is no zip archive.
+    """
     with reading(path), zipfile.ZipFile(path) as archive:
         damaged = archive.testzip()
     if damaged is not None:

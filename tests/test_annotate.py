@@ -15,9 +15,10 @@ from miniatures import noise
 from PIL import Image
 from safetensors.torch import save_file
 
-from naslora.annotate import LabelledSet, Labelling, Page
+from naslora.annotate import Page
 from naslora.data.layouts import read_csv
 from naslora.instances import InstanceFinder
+from naslora.labelling import LabelledSet, Labelling
 from naslora.sam.instance_config import InstanceConfig
 from naslora.sam.prompts import PromptableSam
 from naslora.training.run_config import RunConfig

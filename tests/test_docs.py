@@ -43,7 +43,7 @@ LEVELS = {
         {"training", "peft"},
         {"trained", "manifest"},
         {"study", "instances", "predictor"},
-        {"prediction"},
+        {"prediction", "labelling"},
         {"benchmark"},
         {"exits", "arguments"},
         {"annotate"},

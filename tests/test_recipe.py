@@ -14,8 +14,9 @@ from run_configs import run_config
 from naslora.errors import UserError
 from naslora.methods import METHODS
 from naslora.training.accelerator import make_accelerator
+from naslora.training.recipe import load_recipe, shipped_recipes
 from naslora.training.resolve import resolve
-from naslora.training.run_config import RunConfig, load_recipe, shipped_recipes
+from naslora.training.run_config import RunConfig
 from naslora.training.run_data import find_splits, make_dataset
 from naslora.training.run_model import build_adapted_model
 from naslora.training.trainer import Trainer

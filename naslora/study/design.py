@@ -43,8 +43,11 @@ class Launch(Settings):
 
 
 def parse_grid(tune: Sequence[Sequence[str]]) -> list[Values]:
-    """All combinations of the values of ``Design.tune``; without any, one of no values. Raises a
-    ``UserError`` if a text is not NAME=VALUE,VALUE,..., or names a setting or a value twice."""
+    """All combinations of the values of ``Design.tune``; without any, one of no values.
+
+    Raises:
+        UserError: a text is not NAME=VALUE,VALUE,..., or names a setting or a value twice.
+    """
     settings: dict[str, list[str]] = {}
     for text in itertools.chain(*tune):
         name, _, listed = text.partition("=")

@@ -31,8 +31,11 @@ Submit = Callable[..., Any]
 
 @contextlib.contextmanager
 def jobs(launch: Launch, output: Path) -> Iterator[Submit]:
-    """Starts jobs, one a run of the study in ``output``; one GPU each, if there are some. Raises a
-    ``UserError`` if the library is not installed or finds no cluster, or an option is none."""
+    """Starts jobs, one a run of the study in ``output``; one GPU each, if there are some.
+
+    Raises:
+        UserError: the library is not installed or finds no cluster, or an option is none.
+    """
     given: dict[str, Any] = {}
     for text in itertools.chain(*launch.cluster):
         name, equals, value = text.partition("=")

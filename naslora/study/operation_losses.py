@@ -52,7 +52,9 @@ def write_operation_losses(model: SamForSegmentation, config: RunConfig, output:
     """Measures what the chosen operations, and random ones, are worth on the validation images.
 
     The layers of the trained model have cells. ``output`` is the folder for operation_losses.csv.
-    Raises a ``UserError`` if no validation image has a foreground to score.
+
+    Raises:
+        UserError: no validation image has a foreground to score.
     """
     samples = find_splits(config)["val"]
     alphas = {name: layer.alpha for name, layer in adapter_layers(model) if layer.alpha is not None}

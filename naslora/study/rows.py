@@ -14,7 +14,8 @@ from naslora.errors import UserError
 from naslora.methods import METHODS, configure, searches
 from naslora.sam.segmentation import build_model
 from naslora.sam.shipped import NONE
-from naslora.training.run_config import RunConfig, load_recipe, varied
+from naslora.training.recipe import load_recipe
+from naslora.training.run_config import RunConfig, varied
 from naslora_kernels import OPERATIONS
 
 BASE = "base"  # the row of the unchanged method

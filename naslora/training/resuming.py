@@ -37,7 +37,11 @@ class LastState:
 
 
 def read_last(path: Path) -> LastState:
-    """Reads last.pt. A ``UserError`` if it is damaged, of a later version, or something else."""
+    """Reads last.pt.
+
+    Raises:
+        UserError: it is damaged, of a later version, or holds something else.
+    """
     stored = read_torch(path)
     if not isinstance(stored, dict):
         raise UserError(f"it holds a {type(stored).__name__}, no checkpoint of a run")
@@ -59,7 +63,10 @@ def read_last(path: Path) -> LastState:
 
 def check_last(last: LastState, own: LastState, groups: Sequence[Group], epochs: int) -> None:
     """Compares last.pt with the state of the trainer that resumes from it, before its first epoch.
-    Raises a ``UserError`` if it belongs to another run or model, or its values are damaged."""
+
+    Raises:
+        UserError: it belongs to another run or model, or its values are damaged.
+    """
     if not (
         0 <= last.epoch <= epochs
         and [record.epoch for record in last.history] == list(range(1, last.epoch + 1))

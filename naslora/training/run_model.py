@@ -43,8 +43,11 @@ def build_adapted_model(config: RunConfig) -> AnySam:
 
 
 def build_frozen_model(config: RunConfig) -> AnySam:
-    """Builds the model of a run without its adapter. Raises a ``UserError`` as ``build_model``, or
-    if the kernel backend cannot be used here."""
+    """Builds the model of a run without its adapter.
+
+    Raises:
+        UserError: as ``build_model``; the kernel backend cannot be used here.
+    """
     backend = getattr(config.adapter, "backend", None) or os.environ.get(ENVIRONMENT_VARIABLE)
     if backend:
         reasons = available_backends()
