@@ -1,5 +1,6 @@
 """Registers and bytes of the GPU kernels, without a GPU: ``bench/gpu/resources.py`` and others."""
 
+import itertools
 import os
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import torch
 from bench import attention, cases
 from bench.gpu import launches, traffic
 from bench.kinds import KINDS
+from naslora_kernels.triton.tiles import attention_tiles
 
 SHAPE = cases.Shape("small", (2, 14, 14), 64, 96)
 ROWS = 2 * 14 * 14
@@ -30,6 +32,23 @@ def test_triton_kernels_compile_for_real_cards_without_spills():
     for kernel in ("attention_forward", "attention_keys", "attention_queries"):
         assert f"\n| {kernel} | – | tcgen05.mma |\n" in result.stdout
     assert result.stdout.splitlines()[-1].endswith(" kernels compiled, 0 problems")
+
+
+@pytest.mark.parametrize("capability", [(8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0)])
+@pytest.mark.parametrize("side", [1, 7, 14, 16, 64, 100])
+def test_no_warp_repeats_the_products_of_another(capability, side):
+    """A product of tensor cores has 16 rows, so each warp has 16 queries or keys of its own."""
+    for dtype, features in itertools.product(
+        (torch.bfloat16, torch.float16, torch.float32), (16, 32, 64, 80, 96, 128)
+    ):
+        tiles = attention_tiles(side**2, (side, side), features, dtype, capability)
+        for kept, own in (
+            (tiles.forward["QUERIES"], tiles.forward),
+            (tiles.keys_pass["ROWS"] * tiles.keys_pass["COLUMNS"], tiles.keys_pass),
+            (tiles.queries_pass["QUERIES"], tiles.queries_pass),
+        ):
+            if dtype != torch.float32 or own["PRECISION"] != "ieee":
+                assert kept >= 16 * own["num_warps"], (dtype, features, own)
 
 
 WORKS = {**launches.WORKS, **launches.OTHER_WORKS}
