@@ -190,6 +190,7 @@ def attention_tiles(
     most = 128 if tokens > 64 else 64
     wide, ragged = features > 80, width % 64 or tokens % most
     forward_keys, few, keys, most_columns = 64, 64, 64, 64
+    kept_columns = 64  # of the pass that keeps keys
     stages = [2, 2, 2]
     if multiplies_in_shared_memory(capability):
         if wide:
@@ -200,14 +201,15 @@ def attention_tiles(
         few = keys = 32
         if wide:
             forward_keys = few = keys = most_columns = 16
-        if capability != (8, 0) or (ragged and features > 64):
+            stages[0], kept_columns = 1, 128
+        if capability != (8, 0) or bool(ragged) == (features > 64):
             stages[1] = 1
         if capability != (8, 0) and features > 64:  # their assembler moves loads further ahead
             forward_keys, few = min(forward_keys, 32), 16
     launches = [{"num_warps": most // 16, "num_stages": n} for n in stages]
     return AttentionTiles(
         constants(most, forward_keys, most_columns, **launches[0]),
-        constants(few, most, 64, **launches[1]),
+        constants(few, most, kept_columns, **launches[1]),
         constants(most, keys, keys, **launches[2]),
     )
 
