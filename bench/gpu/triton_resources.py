@@ -217,7 +217,8 @@ def main() -> int:
 # A loop is the code between a branch that goes back and its target. Counts are those of one of the
 # four schedulers of a processor, which share the warps of a program.
 _INSTRUCTION = re.compile(
-    r"/\*(?P<address>[0-9a-f]{4,})\*/\s+(?:@!?\w+\s+)?(?P<opcode>[A-Z][\w.]*)(?P<operands>[^;]*);"
+    r"/\*(?P<address>[0-9a-f]{4,})\*/\s+(?:@!?\w+\s+)?(?P<opcode>[A-Z][\w.]*)"
+    r"(?P<operands>[^;?&]*)"  # some versions of cuobjdump add &wr=0x1 and ?trans1
 )
 # Multiply-additions of a warp's instruction of tensor cores. Four warps share one of HGMMA.
 _PRODUCTS = {"HMMA.16816": 16 * 8 * 16, "HMMA.1688": 16 * 8 * 8, "HMMA.1684": 16 * 8 * 4}
