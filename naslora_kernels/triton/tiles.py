@@ -202,10 +202,12 @@ def attention_tiles(
         if wide:
             forward_keys = few = keys = most_columns = 16
             stages[0], kept_columns = 1, 128
-        if capability != (8, 0) or bool(ragged) == (features > 64):
+        if capability != (8, 0) or ragged or features <= 64:
             stages[1] = 1
+        if features > 64 and (ragged or capability != (8, 0)):
+            few = 16
         if capability != (8, 0) and features > 64:  # their assembler moves loads further ahead
-            forward_keys, few = min(forward_keys, 32), 16
+            forward_keys = min(forward_keys, 32)
     launches = [{"num_warps": most // 16, "num_stages": n} for n in stages]
     return AttentionTiles(
         constants(most, forward_keys, most_columns, **launches[0]),
