@@ -52,9 +52,15 @@ def push_to_hub(
 ) -> str:
     """Saves the model's adapter and uploads it, with a model card. Creates the repository.
 
-    ``model`` and ``options``, such as ``include``, are those of ``save_adapter``. ``repo_id`` is
-    "owner/name". The other arguments are huggingface_hub's: without ``private`` the owner's default
-    decides, without ``token`` that of ``hf auth login`` serves.
+    Args:
+        model: as for ``save_adapter``.
+        repo_id: "owner/name".
+        private: whether a new repository is private; None takes the owner's default.
+        token: an access token; None takes the one of ``hf auth login``.
+        revision: the branch; None is the main one.
+        commit_message: the message of the commit.
+        endpoint: the Hub's address; None takes huggingface_hub's.
+        options: as for ``save_adapter``, such as ``include``.
 
     Returns:
         The address of the commit.
@@ -103,8 +109,9 @@ def from_pretrained(
             transformers, such as ``SamModel``.
         source: a folder, or "owner/name" on the Hub: of ``save_adapter`` and ``push_to_hub`` (the
             adapter alone), or of ``save_pretrained`` of an injected model.
-        revision: branch, tag or commit on the Hub; it, ``token`` and ``endpoint`` are as in
-            huggingface_hub.
+        revision: branch, tag or commit on the Hub; None is the main branch.
+        token: an access token for the Hub.
+        endpoint: the Hub's address; None takes huggingface_hub's.
         options: for the class's own ``from_pretrained``, such as ``dtype``.
 
     Returns:
