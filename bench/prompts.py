@@ -16,24 +16,20 @@ from naslora.training.interactive import InteractiveLoss
 
 METHOD = "nas-pc-lora"
 OBJECTS, CLICKS = 8, 4
-Corrections = list[int]
-"""The clicks after each prediction but the last."""
-FIRST: Corrections = []
-ALL: Corrections = [2, 1]
-# Six steps as often as a run with --clicks 4 draws them: half of them train first prompts alone.
-RUN = [FIRST, FIRST, FIRST, [1], [1, 1], ALL]
-STEPS = {"first prompt": [FIRST], "all prompts": [ALL], "mean of a run": RUN}
-"""What is timed, and the steps of which it is the mean."""
+# The clicks after the first prompt in six steps, as often as a run with --clicks 4 draws them.
+RUN = [0, 0, 0, 1, 2, 3]
+STEPS = {"first prompt": [0], "all prompts": [CLICKS - 1], "mean of a run": RUN}
+"""What is timed, and the clicks in the steps of which it is the mean."""
 SEMANTIC, PROMPTABLE = ("semantic", "semantic"), "promptable"
 
 
 class Drawn(InteractiveLoss):
-    """The loss with corrections that are not drawn at random."""
+    """The loss with a number of clicks that is not drawn at random."""
 
-    drawn = FIRST
+    clicks = 0
 
-    def corrections(self) -> Corrections:
-        return self.drawn
+    def corrections(self) -> int:
+        return self.clicks
 
 
 class Prompted(Candidate):
@@ -53,8 +49,8 @@ class Prompted(Candidate):
             embeddings = self.model(self.images)
         return self.interactive(embeddings, self.masks)
 
-    def steps(self, drawn: list[Corrections]) -> None:
-        for self.interactive.drawn in drawn:
+    def steps(self, clicks: list[int]) -> None:
+        for self.interactive.clicks in clicks:
             self.weight_step()
 
 
@@ -77,8 +73,8 @@ def candidates(setting: Setting) -> tuple[Candidate, Prompted]:
 def functions(semantic: Candidate, prompted: Prompted) -> dict[tuple[str, str], Callable[[], None]]:
     """What is timed. A call of a step's function makes as many steps as ``STEPS`` lists."""
     found: dict[tuple[str, str], Callable[[], None]] = {SEMANTIC: semantic.weight_step}
-    for step, drawn in STEPS.items():
-        found[PROMPTABLE, step] = partial(prompted.steps, drawn)
+    for step, clicks in STEPS.items():
+        found[PROMPTABLE, step] = partial(prompted.steps, clicks)
     return found
 
 

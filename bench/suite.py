@@ -85,9 +85,9 @@ def time_prompts(setting: Setting, rounds: int) -> Entries:
     _refuse(prompts.gate(prompted))
     functions = prompts.functions(semantic, prompted)
     seconds = timing.interleave(functions, rounds, target=0, device=setting.device)
-    for step, drawn in prompts.STEPS.items():
+    for step, clicks in prompts.STEPS.items():
         key = prompts.PROMPTABLE, step
-        seconds[key] = [sample / len(drawn) for sample in seconds[key]]
+        seconds[key] = [sample / len(clicks) for sample in seconds[key]]
     return {key: (samples, dataclasses.asdict(setting)) for key, samples in seconds.items()}
 
 

@@ -2,9 +2,9 @@
 
 An object's first prompt is a point in it or its box, which is jittered. A prediction from a point
 has three masks, of which the best trains. Then clicks follow where the mask errs, on the object
-where it is missed and off it elsewhere. With the last mask as a prompt they give one mask. As in
-RITM (Sofiiuk et al., 2022), only the last prediction has gradients: the others say where to click.
-To save predictions, all clicks but the last one are drawn where the first mask errs.
+where it is missed and off it elsewhere. With that mask as a prompt they give one mask. As in RITM
+(Sofiiuk et al., 2022), only the last prediction has gradients. To save predictions, there are two
+at most: all clicks are drawn where the first mask errs.
 """
 
 from collections.abc import Callable
@@ -105,9 +105,9 @@ class InteractiveLoss:
         wanted, previous = ALL, None
         decode = partial(self.model.decode, embeddings, objects.owners)
         allowed = torch.stack([boxed, ~boxed, ~boxed, ~boxed], 1)  # (N, 4)
-        for clicks in self.corrections():
+        if clicks := self.corrections():
             with torch.no_grad(), self.autocast():
-                masks, scores = decode(*prompts, previous, wanted)
+                masks, scores = decode(*prompts, None, ALL)
             best = scores.float().masked_fill(~allowed, -torch.inf).argmax(1)
             previous = chosen(masks.float(), best)
             wrong = ((enlarged(previous, halves.masks)[:, 0] > 0) != halves.masks) & halves.counted
@@ -120,12 +120,11 @@ class InteractiveLoss:
         shares = objects.owners.bincount(minlength=len(numbers))[objects.owners] * len(numbers)
         return (losses / shares).sum()
 
-    def corrections(self) -> list[int]:
-        """Draws the numbers of clicks after each prediction but the last."""
-        corrections = 0
+    def corrections(self) -> int:
+        """Draws the number of clicks after the first prompt."""
         if self.most_clicks > 1 and float(torch.rand(())) >= FIRST_ALONE:
-            corrections = int(torch.randint(1, self.most_clicks, ()))
-        return [clicks for clicks in (corrections - 1, min(corrections, 1)) if clicks > 0]
+            return int(torch.randint(1, self.most_clicks, ()))
+        return 0
 
 
 def _first_prompts(masks: Tensor, halves: Tensor) -> tuple[Prompts, Tensor]:

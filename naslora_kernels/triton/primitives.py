@@ -84,7 +84,7 @@ class TritonPrimitives(Primitives):
             *(u, factor, bias, out, *in_two(scale), tokens, columns, *factor.stride()),
             **tiles,
             num_warps=4,
-            **(ALL_REGISTERS if out.dtype == torch.float64 else {}),
+            **(ALL_REGISTERS if out.dtype.itemsize > 2 else {}),
         )
 
     def cell_forward(self, z: Tensor, cell: Cell, y: Tensor) -> None:

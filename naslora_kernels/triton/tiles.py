@@ -173,12 +173,12 @@ def attention_tiles(
         return {**sizes, "FULL": full, "ONE_PIECE": width <= columns, **options, **ALL_REGISTERS}
 
     if exact:
+        cards = ((8, 0), (9, 0))  # the assemblers of others spill
         keys, most_columns = (32, 64) if features <= 64 else (16, 16)
         if dtype == torch.float64:
-            keys, most_columns = 16, 32 if capability in ((8, 0), (9, 0), (10, 0)) else 16
+            keys, most_columns = 16, 32 if capability in cards else 16
         tiles = constants(16, keys, most_columns, num_warps=8, num_stages=1)
         result = AttentionTiles(tiles, tiles, tiles)
-        cards = ((8, 0), (9, 0))  # the assemblers of others spill
         ragged = width % 64 or tokens % 64
         if dtype != torch.float32 or capability not in cards or features > 80 or ragged:
             return result
