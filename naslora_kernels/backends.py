@@ -7,7 +7,6 @@ needed. To add a backend, write the module and add its name to ``BACKENDS``.
 import functools
 import importlib
 import importlib.metadata
-import importlib.util
 import logging
 import operator
 import os
@@ -94,7 +93,7 @@ def build_info() -> dict[str, object]:
         extension.
         ``cuda_compiler``, ``cuda_architectures``: only with the CUDA extension.
     """
-    parts = {n: cast(Any, _load(n)).build_info() for n in COMPILED_BACKENDS if _exists(n)}
+    parts = {n: cast(Any, _load(n)).build_info() for n in COMPILED_BACKENDS}
     compiled = [name for name, part in parts.items() if part]
     info: dict[str, object] = {
         "version": _version(),
@@ -207,13 +206,7 @@ def probe(name: str, device: torch.device | None) -> str | None:
 
 @functools.cache
 def _unavailable_reason(name: str) -> str | None:
-    if not _exists(name):
-        return "this version of naslora does not contain it"
     return _load(name).unavailable_reason()
-
-
-def _exists(name: str) -> bool:
-    return importlib.util.find_spec(f"naslora_kernels.{name}") is not None
 
 
 def _load(name: str) -> Backend:

@@ -292,6 +292,5 @@ def _autocast_dtype(like: Tensor) -> torch.dtype | None:
 
 
 def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
-        return tensor  # the checks refuse it
-    return tensor if tensor.dtype == torch.float64 else tensor.to(dtype)
+    given = isinstance(tensor, Tensor) and tensor.is_floating_point()  # the checks refuse others
+    return tensor.to(dtype) if given and tensor.dtype != torch.float64 else tensor

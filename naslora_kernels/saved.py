@@ -13,7 +13,6 @@ from torch import Tensor
 from naslora_kernels.attention import SavedAttention
 from naslora_kernels.cell import Cell, LoRALinear
 from naslora_kernels.operations import CONVOLUTIONS, OPERATIONS
-from naslora_kernels.tensors import ACCUMULATORS
 
 _Expected = tuple[str, Tensor, tuple[int, ...]]  # name, tensor, shape
 
@@ -69,8 +68,6 @@ def check_saved_attention(grad_o: Tensor, saved: SavedAttention) -> None:
     expected: list[_Expected] = list(zip(operands._fields, operands, shapes, strict=True))
     expected += [("o", o, shape), ("softmax", softmax, (2, *rows))]
     _check(grad_o, expected, maps=(*operands._fields, "o"))
-    if softmax.dtype != ACCUMULATORS[grad_o.dtype]:
-        raise _changed("softmax", f"expected {ACCUMULATORS[grad_o.dtype]}, got {softmax.dtype}")
 
 
 def _cell(cell: Cell, z: Tensor) -> list[_Expected]:

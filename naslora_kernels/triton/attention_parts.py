@@ -32,12 +32,20 @@ def part_mask(inside, lane, FEATURES: tl.constexpr):
 
 
 @triton.jit
-def load_part(at, inside, FIRST: tl.constexpr, LANES: tl.constexpr, FEATURES: tl.constexpr):
+def load_part(
+    at,
+    inside,
+    FIRST: tl.constexpr,
+    LANES: tl.constexpr,
+    FEATURES: tl.constexpr,
+    WIDEN: tl.constexpr,
+):
     lane = FIRST + tl.arange(0, LANES)[None, :]
     if inside is None and FEATURES >= FIRST + LANES:
-        return tl.load(at + lane)
+        values = tl.load(at + lane)
     else:
-        return tl.load(at + lane, mask=part_mask(inside, lane, FEATURES), other=0.0)
+        values = tl.load(at + lane, mask=part_mask(inside, lane, FEATURES), other=0.0)
+    return widened(values) if WIDEN else values
 
 
 @triton.jit
@@ -56,16 +64,10 @@ def load_rows(
     ``inside`` says which tokens are of the grid; None if all are.
     """
     at = pointer + token[:, None] * tl.cast(strides[2], tl.int32)
-    parts = (load_part(at, inside, 0, LANES, FEATURES),)
+    parts = (load_part(at, inside, 0, LANES, FEATURES, WIDEN),)
     if REST:
-        parts = parts + (load_part(at, inside, LANES, REST, FEATURES),)
-    if WIDEN:
-        widened_parts = ()
-        for i in tl.static_range(len(parts)):
-            widened_parts = widened_parts + (widened(parts[i]),)
-        return widened_parts
-    else:
-        return parts
+        parts = parts + (load_part(at, inside, LANES, REST, FEATURES, WIDEN),)
+    return parts
 
 
 @triton.jit
