@@ -45,8 +45,9 @@ def annotate(
     try:
         socket.create_server((HOST, port)).close()
     except OSError as error:
-        reason = f"port {port} cannot be used ({error.strerror})"
-        raise UserError(f"{reason}; give another --port") from error
+        raise UserError(
+            f"port {port} cannot be used ({error.strerror}); give another --port"
+        ) from error
     (nicegui,) = imported("annotate", "nicegui")
     with locked(output):
         page = Page(Labelling(InstanceFinder(path, search), LabelledSet(output)), images)

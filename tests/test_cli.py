@@ -4,13 +4,19 @@ tests/reliability/bad_inputs.yaml has the input that costs one line.
 """
 
 import dataclasses
+import errno
 import json
 import re
+import sys
+import threading
+from unittest import mock
 
 import pytest
+import torch
 from conftest import TRAIN, call, refusal, succeed, write_checkpoint
 
 import naslora as naslora_package
+from naslora.exits import guarded, signals
 from naslora.methods import METHODS
 from naslora.results import LAST
 from naslora.training.run_config import (
@@ -70,6 +76,48 @@ def test_info_is_json():
     described = json.loads(result.out)
     assert described["backends"] == available_backends()
     assert described["backends"]["reference"] is None and "version" in described["build"]
+
+
+def test_models_are_listed_with_their_checkpoints():
+    lines = succeed("models").out.splitlines()
+    named = dict(line.split(maxsplit=1) for line in lines if line.startswith("  "))
+    assert named["vit_b"] == "hf:facebook/sam-vit-base" and named["sam3"].startswith("hf:")
+    assert named["vit_t"] == "its weights are in the package"
+
+
+MEMORY = "not enough memory; lower --batch-size or --image-size, or use a GPU"
+LOST = "DataLoader worker (pid 7) is killed by signal: Killed"
+
+
+@pytest.mark.parametrize(
+    "error, line",
+    [
+        (MemoryError(), MEMORY),
+        (torch.OutOfMemoryError("CUDA out of memory"), MEMORY),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: 8 bytes"), MEMORY),
+        (RuntimeError(f"{LOST}. more"), f"{LOST}. more; lower --workers, or free some memory"),
+        (FileNotFoundError(errno.ENOENT, "No such file", "a.png"), "a.png: No such file"),
+        (RuntimeError("a defect"), None),
+    ],
+)
+def test_a_refusal_of_the_machine_is_one_line_and_a_defect_none(error, line, capfd):
+    with pytest.raises(SystemExit if line else RuntimeError):
+        guarded(mock.Mock(side_effect=error), ())
+    err = capfd.readouterr().err
+    assert err.endswith(f"{line}\n") and err.count("\n") == 1 if line else err == ""
+
+
+def test_a_writer_of_tensorboard_that_fails_prints_no_traceback(monkeypatch):
+    printed = []
+    monkeypatch.setattr(threading, "excepthook", printed.append)
+    monkeypatch.setattr(sys, "unraisablehook", printed.append)
+    writer = type("Writer", (threading.Thread,), {"__module__": "tensorboard.summary.writer"})
+    full = OSError(errno.ENOSPC, "full")
+    with signals():
+        for thread in (writer(), threading.Thread()):
+            threading.excepthook(mock.Mock(thread=thread, exc_value=full))
+        sys.unraisablehook(mock.Mock(exc_value=full))
+    assert len(printed) == 2
 
 
 def test_help_shows_what_most_people_need_first():

@@ -45,9 +45,9 @@ def load_splits(
         on. Each split has at least one sample, and each sample has a mask.
 
     Raises:
-        UserError: the source is unknown, files or folders are missing, an image has no mask or a
-            mask no image, a name is not UTF-8, or an image appears twice. The message names the
-            files, and for a missing folder the folders that exist. Also as ``check_volume``.
+        UserError: files or folders are missing, an image has no mask or a mask no image, a name is
+            not UTF-8, or an image appears twice. The message names the files, and for a missing
+            folder the folders that exist. Also as ``check_volume``.
     """
     if shares is not None:
         return split_samples(load_all(source, root, "--split", group, how), shares)
@@ -105,8 +105,6 @@ def slices_of(samples: Sequence[Sample], how: Slicing) -> list[Sample]:
 
 
 def _read(source: str, root: Path, class_names: Sequence[str] = (), group: str = GROUP) -> Splits:
-    if source not in DATASETS:
-        raise UserError(f"unknown data set {source!r}; the known ones are {', '.join(DATASETS)}")
     dataset = DATASETS[source]
     more: tuple[Any, ...] = () if dataset.categories is None else (class_names,)
     if source == "csv":

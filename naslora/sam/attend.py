@@ -87,9 +87,8 @@ def over_windows(attention: Any, x: Tensor, size: int) -> Tensor:
         parts = windows.heads(qkv, attention.num_heads)
         return attention.proj(windows.join([_attended(attention, *own) for own in parts]))
     o = _attended(attention, *_heads(qkv, attention.num_heads))
-    if pointwise:
-        return attention.proj(windows.unpartition(o))
-    return windows.unpartition(attention.proj(o))
+    unpartition, proj = windows.unpartition, attention.proj
+    return proj(unpartition(o)) if pointwise else unpartition(proj(o))
 
 
 def _in_windows(layer: nn.Module, x: Tensor, windows: Windows) -> Tensor:

@@ -53,12 +53,10 @@ def decode(
     image = _rows(embeddings).index_select(0, owners) + _rows(dense)  # (N, g², 256)
     places, tokens = _rows(model.prompt_encoder.get_dense_pe()), start
     for index, layer in enumerate(transformer.layers):
-        if index == 0:  # the first layer has nothing but the prompts' own places
-            tokens = layer.self_attn(tokens, tokens, tokens)
-        else:
-            placed = tokens + start
-            tokens = tokens + layer.self_attn(placed, placed, tokens)
-        tokens = layer.norm1(tokens)
+        # The first layer has nothing but the prompts' own places.
+        placed = tokens + start if index else tokens
+        attended = layer.self_attn(placed, placed, tokens)
+        tokens = layer.norm1(tokens + attended if index else attended)
         placed = image + places
         attention = layer.cross_attn_token_to_image
         tokens = layer.norm2(tokens + _to_image(attention, tokens + start, placed, image))

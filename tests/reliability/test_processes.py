@@ -221,7 +221,6 @@ def test_two_agents_train_as_one(tiny_sam, data, alone, tmp_path):
     assert_same(tmp_path / "run", alone)
 
 
-@pytest.mark.campaign
 def test_processes_that_do_not_share_the_output(launch, data, tmp_path):
     """Two relative paths stand for the file systems of two machines."""
     folders = [tmp_path / "one", tmp_path / "two"]
@@ -261,6 +260,12 @@ def test_one_dead_process_ends_the_others(launch, data, tmp_path, dead, how, whe
         f"did not answer within {timeout} s; start all of them again with --resume"
     ]
     assert "Traceback" not in text
+
+
+def test_processes_that_are_not_joined(data, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    line = refusal("train", "--data", data, *OPTIONS, "--output", tmp_path / "run")
+    assert "2 processes were launched, but Accelerate joins 1" in line
 
 
 @pytest.mark.parametrize("value", ["0", "-1", "nan", "soon", "inf"])

@@ -237,7 +237,7 @@ class Inputs:
         self.model, self.batches = model, batches
         self._keeps = True
         self._kept: list[Any] = []
-        self._forwards: dict[nn.Module, Any] = {}
+        self._forwards: dict[nn.Module, dict[str, Any]] = {}
 
     def moments(self, name: str, layer: NASLoRALinear, targets: Mapping[int, Tensor]) -> Moments:
         """The sums over a layer's inputs and its targets, (tokens, r) for each batch.
@@ -272,22 +272,21 @@ class Inputs:
             outputs.append(output)
             raise _Reached
 
-        if not self._keeps:
-            return
-        with module.register_forward_hook(keep):
-            feed(self.model, self.batches, lambda *_: None, {})
-        if all(isinstance(output, Tensor) for output in outputs):
+        if self._keeps:
+            with module.register_forward_hook(keep):
+                feed(self.model, self.batches, lambda *_: None, {})
+        if outputs and all(isinstance(output, Tensor) for output in outputs):
             self._kept[:] = [own.new_full((), math.nan).expand_as(own) for own in self._kept]
-            self._kept, self._forwards[module] = outputs, vars(module).get("forward")
+            own_forward = {k: v for k, v in vars(module).items() if k == "forward"}
+            self._kept, self._forwards[module] = outputs, own_forward
             # Models add to what they get in place.
             module.forward = lambda *_, **__: outputs[next(calls) % len(outputs)].clone()
 
     def compute_all(self) -> None:
         """Lets all modules compute, from now on."""
-        for module, forward in self._forwards.items():
+        for module, own_forward in self._forwards.items():
             del module.forward
-            if forward is not None:
-                module.forward = forward
+            vars(module).update(own_forward)
         self._forwards, self._kept, self._keeps = {}, [], False
 
 
