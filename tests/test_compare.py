@@ -8,10 +8,12 @@ import shlex
 import shutil
 import signal
 import statistics
+import sys
 from dataclasses import replace
+from unittest import mock
 
 import pytest
-from conftest import call, csv_rows, group_lives, refusal, scores_of, succeed, wait_for
+from conftest import call, csv_rows, error_of, group_lives, refusal, scores_of, succeed, wait_for
 from reliability.conftest import Forked
 from run_configs import run_config
 
@@ -261,6 +263,53 @@ def test_jobs_that_die_are_started_again(
     assert marker.exists()
     for name in ("table.csv", "differences.csv"):
         assert (tmp_path / "jobs" / name).read_bytes() == (tmp_path / "out" / name).read_bytes()
+
+
+def test_jobs_of_ray(monkeypatch, tmp_path):
+    """A process makes one run, so that its peak memory is the run's, and no lost one again."""
+    ray = mock.Mock(is_initialized=lambda: False, cluster_resources=lambda: {"GPU": 2.0})
+    monkeypatch.setitem(sys.modules, "ray", ray)
+    with launchers.jobs(Launch("ray", (("num_cpus=2", "address=auto"),)), tmp_path) as submit:
+        future = submit("config", tmp_path, False)
+    options = {"log_to_driver": False, "include_dashboard": False}
+    ray.init.assert_called_once_with(**options, num_cpus=2, address="auto")
+    ray.remote.assert_called_once_with(num_gpus=1, max_calls=1, max_retries=0)
+    started = ray.remote.return_value.return_value.remote
+    started.assert_called_once_with(os.getcwd(), "config", tmp_path, False)
+    assert future is started.return_value.future.return_value
+    ray.shutdown.assert_called_once_with()
+
+
+@pytest.mark.parametrize(
+    "options, error, line",
+    [
+        (["gpus"], None, "--cluster takes NAME=VALUE, got 'gpus'"),
+        ([], ValueError("no cluster"), "--launcher ray cannot start jobs: no cluster"),
+        ([], UserError("the data are gone"), "the data are gone"),
+    ],
+)
+def test_jobs_that_cannot_start(monkeypatch, tmp_path, options, error, line):
+    monkeypatch.setitem(sys.modules, "ray", mock.Mock(init=mock.Mock(side_effect=error)))
+    sys.modules["ray"].is_initialized.return_value = False
+    jobs = launchers.jobs(Launch("ray", (tuple(options),)), tmp_path)
+    assert error_of(jobs.__enter__) == line
+
+
+def test_what_a_job_returns(monkeypatch, tmp_path):
+    """Its errors too, and what is said of a job that dies each time."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "job").mkdir()
+    for error in (None, UserError("refused"), KeyError("lost")):
+        monkeypatch.setattr(launchers, "run_and_measure", mock.Mock(side_effect=error))
+        found = launchers.attempt(tmp_path / "job", "config")
+        assert os.getcwd() == str(tmp_path / "job")
+        launchers.run_and_measure.assert_called_once_with("config")
+        if error is not None:
+            assert str(found) == {UserError: "refused", KeyError: "KeyError: 'lost'"}[type(error)]
+    died = mock.Mock(result=mock.Mock(side_effect=OSError("node 3")))
+    job = launchers.Job("run", mock.Mock(return_value=died), ())
+    run, outcome = launchers.finished([job])
+    assert run == "run" and str(outcome) == "its job died 4 times: node 3" and job.starts == 4
 
 
 # --- Tuned, on folds ---

@@ -1,10 +1,15 @@
 """What adapters and merged models hold on disk, and what Transformers reads of adapted models."""
 
+import contextlib
 import copy
+import errno
 import json
 import os
 import pickle
+import re
 import stat
+from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -43,12 +48,46 @@ from naslora.adapter.io.base_state import ADAPTER_FOLDER
 from naslora.adapter.io.merged_files import MERGED_CONFIG, MERGED_WEIGHTS
 from naslora.adapter.io.storage import CONFIG_NAME, WEIGHTS_NAME
 from naslora.adapter.layer.modules import adapter_layers
-from naslora.files import write_text
+from naslora.files import reading, replaced_folder, write_text
 from naslora.integrations.hub import from_pretrained
 
 
 def assert_same(model: nn.Module, before: dict[str, torch.Tensor]) -> None:
     assert not differing(model.state_dict(), before)
+
+
+# ---------------------------------------------------------------- files and folders
+
+
+@pytest.mark.parametrize("number", [None, errno.EBUSY, errno.EACCES])
+def test_a_folder_is_replaced_also_where_one_is_mounted(tmp_path, monkeypatch, number):
+    """A mount point, such as a container's volume, stays, and gets the files."""
+    folder = tmp_path / "out"
+    folder.mkdir()
+    if number is not None:
+        error = OSError(number, os.strerror(number))
+        monkeypatch.setattr(Path, "rmdir", mock.Mock(side_effect=error))
+    refused = number == errno.EACCES
+    with (
+        pytest.raises(OSError, match="denied") if refused else contextlib.nullcontext(),
+        replaced_folder(folder) as temporary,
+    ):
+        (temporary / "file").write_text("new")
+    assert [path.name for path in folder.iterdir()] == ([] if refused else ["file"])
+    assert [*tmp_path.iterdir()] == [folder]
+
+
+@pytest.mark.parametrize(
+    "error, kind, line",
+    [
+        (KeyError("epoch"), UserError, "is damaged or has another format: it lacks 'epoch'"),
+        (OSError(errno.EIO, "Input/output error"), UserError, "cannot be read: Input/output error"),
+        (MemoryError("8 GB"), MemoryError, "8 GB"),
+    ],
+)
+def test_what_is_said_of_a_file_that_cannot_be_read(tmp_path, error, kind, line):
+    with pytest.raises(kind, match=re.escape(line)), reading(tmp_path):
+        raise error
 
 
 # ---------------------------------------------------------------- what a file holds
