@@ -4,10 +4,8 @@ tests/reliability/bad_inputs.yaml has the input that costs one line.
 """
 
 import dataclasses
-import errno
 import json
 import re
-import threading
 from unittest import mock
 
 import pytest
@@ -15,7 +13,7 @@ import torch
 from conftest import TRAIN, call, refusal, succeed, write_checkpoint
 
 import naslora as naslora_package
-from naslora.exits import guarded, signals
+from naslora.exits import guarded
 from naslora.methods import METHODS
 from naslora.results import LAST
 from naslora.training.run_config import (
@@ -91,15 +89,6 @@ def test_a_refusal_of_the_machine_is_one_line_and_a_defect_is_raised(capfd):
         assert "error: there is not enough memory; lower --batch-size" in capfd.readouterr().err
     with pytest.raises(RuntimeError, match="a defect"):
         guarded(mock.Mock(side_effect=RuntimeError("a defect")), ())
-
-
-def test_a_writer_of_tensorboard_that_fails_prints_no_traceback(monkeypatch):
-    monkeypatch.setattr(threading, "excepthook", printed := mock.Mock())
-    writer = type("Writer", (), {"__module__": "tensorboard.summary.writer"})
-    with signals():
-        for thread in (writer(), threading.Thread()):
-            threading.excepthook(mock.Mock(thread=thread, exc_value=OSError(errno.ENOSPC, "full")))
-    printed.assert_called_once()
 
 
 def test_help_shows_what_most_people_need_first():

@@ -74,10 +74,8 @@ def load_rows(
 def store_part(at, inside, values, FIRST: tl.constexpr, FEATURES: tl.constexpr):
     lane = FIRST + tl.arange(0, values.shape[1])[None, :]
     values = rounded(values, at.dtype.element_ty)
-    if inside is None and FIRST + values.shape[1] <= FEATURES:
-        tl.store(at + lane, values)
-    else:
-        tl.store(at + lane, values, mask=part_mask(inside, lane, FEATURES))
+    full: tl.constexpr = inside is None and FIRST + values.shape[1] <= FEATURES
+    tl.store(at + lane, values, mask=None if full else part_mask(inside, lane, FEATURES))
 
 
 @triton.jit

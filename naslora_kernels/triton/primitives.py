@@ -200,10 +200,8 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any
     if torch.version.hip:
         constants.pop("maxnreg", None)
     device = next(a.device for a in arguments if isinstance(a, Tensor))
-    if device.type == "cuda" and device.index != torch.cuda.current_device():
-        with torch.cuda.device(device):
-            kernel[grid](*arguments, **constants)
-    else:
+    other = device.type == "cuda" and device.index != torch.cuda.current_device()
+    with torch.cuda.device(device.index if other else -1):  # -1 changes nothing
         kernel[grid](*arguments, **constants)
 
 
