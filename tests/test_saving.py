@@ -47,7 +47,7 @@ from naslora.adapter.io.base_state import ADAPTER_FOLDER
 from naslora.adapter.io.merged_files import MERGED_CONFIG, MERGED_WEIGHTS
 from naslora.adapter.io.storage import CONFIG_NAME, WEIGHTS_NAME
 from naslora.adapter.layer.modules import adapter_layers
-from naslora.files import reading, replaced_folder, write_text
+from naslora.files import replaced_folder, write_text
 from naslora.integrations.hub import from_pretrained
 
 
@@ -64,16 +64,6 @@ def test_a_folder_that_is_mounted_gets_the_files(tmp_path, monkeypatch):
         with contextlib.suppress(PermissionError), replaced_folder(tmp_path) as temporary:
             (temporary / str(number)).touch()
     assert [path.name for path in tmp_path.iterdir()] == [str(errno.EBUSY)]
-
-
-def test_what_is_said_of_a_file_that_cannot_be_read(tmp_path):
-    for error, line in {
-        KeyError("epoch"): "is damaged or has another format: it lacks 'epoch'",
-        OSError(errno.EIO, "Input/output error"): "cannot be read: Input/output error",
-        MemoryError("8 GB"): "8 GB",
-    }.items():
-        with pytest.raises((UserError, MemoryError), match=line), reading(tmp_path):
-            raise error
 
 
 # ---------------------------------------------------------------- what a file holds

@@ -262,12 +262,6 @@ def test_one_dead_process_ends_the_others(launch, data, tmp_path, dead, how, whe
     assert "Traceback" not in text
 
 
-def test_processes_that_are_not_joined(data, tmp_path, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    line = refusal("train", "--data", data, *OPTIONS, "--output", tmp_path / "run")
-    assert "2 processes were launched, but Accelerate joins 1" in line
-
-
 @pytest.mark.parametrize("value", ["0", "-1", "nan", "soon", "inf"])
 def test_a_timeout_that_is_no_time(data, tmp_path, monkeypatch, value):
     monkeypatch.setenv(TIMEOUT_VARIABLE, value)
