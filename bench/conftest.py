@@ -7,7 +7,7 @@ import itertools
 import pytest
 import torch
 
-from bench import attention, cases, models, suite
+from bench import attention, cases, models, prompts, suite
 from bench.kinds import KINDS
 from bench.models import Setting
 from naslora.allocator import keep_freed_memory
@@ -78,6 +78,8 @@ def _entries(config, group):
         names = _training(config, "compiled", "targets")
         keys = [(name, step) for name in names for step in models.training_steps(name)]
         keys.append((models.FLOOR, "weights"))
+    elif group == "promptable_step":
+        keys = [prompts.SEMANTIC, *((prompts.PROMPTABLE, step) for step in prompts.STEPS)]
     elif group == "memory":
         keys = [(name, "memory") for name in _training(config)]
     else:
@@ -121,6 +123,7 @@ def measured(pytestconfig):
     groups = {
         "kernels": lambda work: suite.time_kernels(*work, rounds),
         "training_step": lambda setting: suite.time_training(setting, training, rounds),
+        "promptable_step": lambda setting: suite.time_prompts(setting, rounds),
         "inference": lambda setting: suite.time_inference(setting, methods, rounds),
         "memory": lambda setting: suite.measure_memory(setting, names),
     }

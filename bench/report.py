@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import tyro
 
-from bench import attention
+from bench import attention, prompts
 from bench.kinds import KINDS
 from bench.models import COMPILED, MERGED, ON, STOCK, UNTOUCHED, Setting
 from bench.timing import Times
@@ -149,7 +149,8 @@ def main(files: tyro.conf.Positional[tuple[Path, ...]]) -> int:
         print(f"\n## kernels\n\n{text}")
     for setting, numbers in measured.items():
         print(f"\n## {setting}\n")
-        print("\n\n".join(filter(None, (training(numbers), inference(numbers), memory(numbers)))))
+        tables = (show(numbers) for show in (training, promptable, inference, memory))
+        print("\n\n".join(filter(None, tables)))
         if setting in CLAIMS:
             text, held = claims(CLAIMS[setting], numbers)
             print(f"\n{text}")
@@ -162,11 +163,11 @@ def main(files: tyro.conf.Positional[tuple[Path, ...]]) -> int:
 
 
 def by_setting(entries: list[dict]) -> dict[Setting, Measured]:
-    """Sorts the entries of the groups training_step, inference and memory."""
+    """Sorts the entries of the groups that measure whole models."""
     found: dict[Setting, Measured] = {}
     for entry in entries:
         info = entry["extra_info"]
-        if entry["group"] not in ("training_step", "inference", "memory"):
+        if entry["group"] not in ("training_step", "promptable_step", "inference", "memory"):
             continue
         names = ("model", "image_size", "batch", "precision", "device")
         measured = found.setdefault(Setting(*(info[name] for name in names)), Measured())
@@ -211,6 +212,16 @@ def training(measured: Measured) -> str:
     head = ["Method", "weight step, ms (p20, p80)", "× LoRA, stock attention", "× LoRA", "paper"]
     head += ["architecture step, ms", "× its weight step", "epoch with α × LoRA", "paper"]
     return _table(head, rows)
+
+
+def promptable(measured: Measured) -> str:
+    """Promptable steps beside a semantic one."""
+    rows = []
+    for step in prompts.STEPS:
+        ratio = measured.ratio((prompts.PROMPTABLE, step), prompts.SEMANTIC)
+        if ratio is not None:
+            rows.append([step, _cuts(measured.numbers[prompts.PROMPTABLE, step]), _ratio(ratio)])
+    return _table(["Promptable step", "ms (p20, p80)", "× a semantic step"], rows)
 
 
 def inference(measured: Measured) -> str:

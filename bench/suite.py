@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable
 
 import torch
 
-from bench import cases, counts, models, timing
+from bench import cases, counts, models, prompts, timing
 from bench.kinds import Case, Kind
 from bench.models import Setting
 
@@ -71,6 +71,23 @@ def time_training(setting: Setting, names: Iterable[str], rounds: int) -> Entrie
         if step == "architecture":
             pairs = zip(seconds[name, "weights"], seconds[name, step], strict=True)
             seconds[name, "epoch"] = [w + ARCHITECTURE_STEPS * a for w, a in pairs]
+    return {key: (samples, dataclasses.asdict(setting)) for key, samples in seconds.items()}
+
+
+def time_prompts(setting: Setting, rounds: int) -> Entries:
+    """Seconds of a semantic step, and of promptable steps on the same encoder.
+
+    Raises:
+        RuntimeError: the gate failed.
+        UserError: the model takes no prompts.
+    """
+    semantic, prompted = prompts.candidates(setting)
+    _refuse(prompts.gate(prompted))
+    functions = prompts.functions(semantic, prompted)
+    seconds = timing.interleave(functions, rounds, target=0, device=setting.device)
+    for step, drawn in prompts.STEPS.items():
+        key = prompts.PROMPTABLE, step
+        seconds[key] = [sample / len(drawn) for sample in seconds[key]]
     return {key: (samples, dataclasses.asdict(setting)) for key, samples in seconds.items()}
 
 

@@ -1,7 +1,10 @@
 """Registers and bytes of the GPU kernels, without a GPU: ``bench/gpu/resources.py`` and others."""
 
+import importlib
+import inspect
 import itertools
 import os
+import pkgutil
 import subprocess
 import sys
 
@@ -32,6 +35,24 @@ def test_triton_kernels_compile_for_real_cards_without_spills():
     for kernel in ("attention_forward", "attention_keys", "attention_queries"):
         assert f"\n| {kernel} | – | tcgen05.mma |\n" in result.stdout
     assert result.stdout.splitlines()[-1].endswith(" kernels compiled, 0 problems")
+
+
+def test_defaults_in_kernels_are_constants_of_triton():
+    """Triton 3.6 compiles no call that leaves a default of Python to it."""
+    language = pytest.importorskip("triton.language")
+    kernels = importlib.import_module("naslora_kernels.triton")
+    found = [
+        (f"{module.name}.{name}", parameter.default)
+        for module in pkgutil.iter_modules(kernels.__path__)
+        for name, kernel in vars(
+            importlib.import_module(f"{kernels.__name__}.{module.name}")
+        ).items()
+        if hasattr(kernel, "arg_names")  # compiled, or interpreted
+        for parameter in inspect.signature(kernel.fn).parameters.values()
+        if parameter.default is not parameter.empty
+    ]
+    assert found
+    assert [where for where, value in found if not isinstance(value, language.constexpr)] == []
 
 
 @pytest.mark.parametrize("capability", [(8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0)])

@@ -123,7 +123,7 @@ def test_objects_of_several_images_are_decoded_as_sam_decodes_one(given, three):
 def test_the_loss_trains_decoder_and_encoder_and_ignores_what_does_not_count(
     corrections, monkeypatch
 ):
-    monkeypatch.setattr(InteractiveLoss, "_corrections", lambda _: corrections)
+    monkeypatch.setattr(InteractiveLoss, "corrections", lambda _: corrections)
     torch.manual_seed(0)
     model = build_promptable("vit_t", SIZE, "none")
     embeddings = torch.randn(3, 256, 2, 2, requires_grad=True)

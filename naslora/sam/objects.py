@@ -49,9 +49,12 @@ def decode(
     transformer, grid = decoder.transformer, embeddings.shape[-1]
     own = torch.cat([decoder.iou_token.weight, decoder.mask_tokens.weight])
     start = torch.cat([own.expand(len(prompts), -1, -1), prompts], 1)  # (N, T, 256)
+    maps: list[Tensor] = [embeddings, dense, model.prompt_encoder.get_dense_pe()]
+    if torch.is_autocast_enabled(embeddings.device.type):  # float32 would make float32 of sums
+        maps = [part.to(torch.get_autocast_dtype(part.device.type)) for part in maps]
+    images, dense, places = map(_rows, maps)
     # index_select has a faster backward than an index.
-    image = _rows(embeddings).index_select(0, owners) + _rows(dense)  # (N, g², 256)
-    places, tokens = _rows(model.prompt_encoder.get_dense_pe()), start
+    image, tokens = images.index_select(0, owners) + dense, start  # (N, g², 256)
     for index, layer in enumerate(transformer.layers):
         # The first layer has nothing but the prompts' own places.
         placed = tokens + start if index else tokens

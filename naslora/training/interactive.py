@@ -105,7 +105,7 @@ class InteractiveLoss:
         wanted, previous = ALL, None
         decode = partial(self.model.decode, embeddings, objects.owners)
         allowed = torch.stack([boxed, ~boxed, ~boxed, ~boxed], 1)  # (N, 4)
-        for clicks in self._corrections():
+        for clicks in self.corrections():
             with torch.no_grad(), self.autocast():
                 masks, scores = decode(*prompts, previous, wanted)
             best = scores.float().masked_fill(~allowed, -torch.inf).argmax(1)
@@ -120,7 +120,7 @@ class InteractiveLoss:
         shares = objects.owners.bincount(minlength=len(numbers))[objects.owners] * len(numbers)
         return (losses / shares).sum()
 
-    def _corrections(self) -> list[int]:
+    def corrections(self) -> list[int]:
         """Draws the numbers of clicks after each prediction but the last."""
         corrections = 0
         if self.most_clicks > 1 and float(torch.rand(())) >= FIRST_ALONE:

@@ -5,6 +5,7 @@ import triton.language as tl
 
 # The interpreter truncates to bfloat16 instead of rounding, and cannot multiply bfloat16 matrices.
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+IEEE = tl.constexpr("ieee")  # Triton 3.6 takes a default only in this form
 
 
 @triton.jit
@@ -38,7 +39,7 @@ def whole(number, rest, dtype: tl.constexpr):
 
 
 @triton.jit
-def dot(a, b, dtype: tl.constexpr, PRECISION: tl.constexpr = "ieee"):
+def dot(a, b, dtype: tl.constexpr, PRECISION: tl.constexpr = IEEE):
     """Returns the matrix product a b, summed in ``dtype``.
 
     If the dtypes differ, b is float32 and a has 16 bits. Then b is split into its rounded value
