@@ -117,9 +117,7 @@ def _samples(models: Sequence[Predictor], data: Path | None, images: int) -> lis
     """Test images, evenly spread over the split; none if no model names data."""
     named = [own.config for own in models if own.config.data.root is not None]
     config = with_data((named or [models[0].config])[0], data)
-    if config.data.root is None:
-        return []
-    samples = split_of(config, "test")
+    samples = [] if config.data.root is None else split_of(config, "test")
     return samples[:: max(1, len(samples) // images)][:images]
 
 

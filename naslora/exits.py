@@ -79,9 +79,6 @@ def signals() -> Iterator[None]:
     A worker that was killed is reported by the loader that needs it. TensorBoard's writer raises an
     OSError of its thread in the main thread, too.
     """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
     arrived: list[int] = []
     dropped: list[int] = []
     owner = os.getpid()

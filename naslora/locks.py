@@ -1,6 +1,5 @@
 """A lock on an output, so that two processes do not write to one place."""
 
-import itertools
 import os
 import socket
 import stat
@@ -70,12 +69,14 @@ def _take(path: Path, output: Path) -> int:
     # No link is followed, and a pipe does not block.
     flags = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
     foreign = UserError(f"{path} is no lock of naslora; remove it, or choose another --output")
-    for attempt in itertools.count():
+    attempts = 0
+    while True:
+        attempts += 1
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT | flags, 0o666)
         except OSError as error:
-            if isinstance(error, FileNotFoundError) and attempt < 100:
+            if isinstance(error, FileNotFoundError) and attempts <= 100:
                 continue  # another process may have removed its empty folder
             if path.is_symlink() or path.is_dir():
                 raise foreign from error
@@ -105,7 +106,6 @@ def _take(path: Path, output: Path) -> int:
                 if os.path.samestat(os.fstat(descriptor), os.lstat(path)):
                     opened.pop_all()
                     return descriptor
-    raise AssertionError
 
 
 if os.name == "nt":

@@ -7,7 +7,6 @@ needed. To add a backend, write the module and add its name to ``BACKENDS``.
 import functools
 import importlib
 import importlib.metadata
-import importlib.util
 import logging
 import operator
 import os
@@ -94,23 +93,17 @@ def build_info() -> dict[str, object]:
         extension.
         ``cuda_compiler``, ``cuda_architectures``: only with the CUDA extension.
     """
-    parts = {n: cast(Any, _load(n)).build_info() for n in COMPILED_BACKENDS if _exists(n)}
+    parts = {n: cast(Any, _load(n)).build_info() for n in COMPILED_BACKENDS}
+    installed = importlib.metadata.distributions(name="naslora")
     compiled = [name for name, part in parts.items() if part]
     info: dict[str, object] = {
-        "version": _version(),
+        "version": next((d.version for d in installed), None),
         "torch": torch.__version__,
         "compiled": compiled,
         "compiler": None,
         "architectures": [],
     }
     return functools.reduce(operator.or_, parts.values(), info)
-
-
-def _version() -> str | None:
-    try:
-        return importlib.metadata.version("naslora")
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def select_backend(x: Tensor, requested: str | None, function: str) -> Backend:
@@ -190,9 +183,8 @@ def probe(name: str, device: torch.device | None) -> str | None:
         Why that fails, or None. None for other backends and devices, and while a CUDA graph is
         captured, when nothing can be waited for.
     """
-    if name not in GPU_BACKENDS or device is None or device.type != "cuda":
-        return None
-    if torch.cuda.is_current_stream_capturing():
+    on_gpu = name in GPU_BACKENDS and device is not None and device.type == "cuda"
+    if not on_gpu or torch.cuda.is_current_stream_capturing():
         return None
     try:
         with _disable_current_modes(), torch.no_grad():  # it is also asked while a graph is traced
@@ -207,13 +199,7 @@ def probe(name: str, device: torch.device | None) -> str | None:
 
 @functools.cache
 def _unavailable_reason(name: str) -> str | None:
-    if not _exists(name):
-        return "this version of naslora does not contain it"
     return _load(name).unavailable_reason()
-
-
-def _exists(name: str) -> bool:
-    return importlib.util.find_spec(f"naslora_kernels.{name}") is not None
 
 
 def _load(name: str) -> Backend:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from naslora_kernels.cell import AttentionOperands, Cell, LoRALinear
 from naslora_kernels.operations import CONVOLUTIONS, FOLDED_SIZE, OPERATIONS
-from naslora_kernels.tensors import DTYPES, Passed, signature
+from naslora_kernels.tensors import DTYPES, signature
 
 _HALF_DTYPES = (torch.bfloat16, torch.float16)
 
@@ -48,15 +48,18 @@ def check_layer(x: Tensor, linear: LoRALinear, cell: Cell, scaling: float) -> No
         TypeError, ValueError: as ``nas_lora_linear`` documents.
     """
     of_call = signature((x, *linear, *cell))
-    if of_call in _passed_layers:
+    if of_call is not None and of_call in _passed_layers:
         _check_channel_values(cell.channels, linear.lora_A.shape[0])
     else:
         check_cell("x", x, cell, _check_linear(x, linear))
-        _passed_layers.add(of_call)
+        # torch.compile would compile anew after a change of the set.
+        if of_call is not None and len(_passed_layers) < 1024:
+            _passed_layers.add(of_call)
     _check_number("scaling", scaling)
 
 
-_passed_layers = Passed()
+_passed_layers: set[object] = set()
+"""The signatures of calls that have passed the check, which runs once for each."""
 
 
 def check_folded_cell(

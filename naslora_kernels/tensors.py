@@ -55,26 +55,8 @@ def last_size(tensor: Tensor | None, other: Tensor | None) -> int:
 def signature(tensors: tuple[Tensor | None, ...]) -> object:
     """Returns what the checks of tensors look at, except for values: two calls with equal
     signatures pass or fail alike. None while torch.compile traces, and for what is no tensor."""
-    if torch.compiler.is_compiling():
-        return None
     try:
-        return tuple(None if t is None else (t.shape, t.dtype, t.device, t.layout) for t in tensors)
+        own = (None if t is None else (t.shape, t.dtype, t.device, t.layout) for t in tensors)
+        return None if torch.compiler.is_compiling() else tuple(own)
     except AttributeError:
         return None
-
-
-class Passed:
-    """The signatures of calls that have passed a check, so that it runs once for each."""
-
-    def __init__(self) -> None:
-        self._signatures: set[object] = set()
-
-    def __contains__(self, signature: object) -> bool:
-        return signature is not None and signature in self._signatures
-
-    def add(self, signature: object) -> None:
-        if signature is None:  # torch.compile would compile anew after a change of the set
-            return
-        if len(self._signatures) >= 1024:  # shapes that keep changing do not fill the memory
-            self._signatures.clear()
-        self._signatures.add(signature)

@@ -7,6 +7,7 @@ import sys
 from collections import Counter
 from contextlib import closing
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -190,17 +191,27 @@ def test_the_page_labels(tiny_sam, images, tmp_path):
             user.find("Find all").click()
             await seen(user, "3 of 3, changed")
             images[0].unlink()
-            user.find("Next").click()
+            key = {"action": "keydown", "repeat": False, "code": "ArrowRight", "location": 0}
+            key |= dict.fromkeys(("altKey", "ctrlKey", "metaKey", "shiftKey"), False)
+            user.find(ui.keyboard).trigger("key", {**key, "key": "ArrowRight"})
             await seen(user, "cannot be read")
 
     asyncio.run(label())
     assert labelled.counts() == Counter(train=1, val=1, test=1)
 
 
-def test_what_is_refused(images, monkeypatch, tmp_path):
-    command = ("annotate", "vit_t", images[0].parent, "--output", tmp_path / "set", "--no-browser")
+def test_what_is_refused_and_served(tiny_sam, images, monkeypatch, tmp_path):
+    model = tmp_path / "sam.safetensors"
+    save_file(PromptableSam("vit_t", SIZE).state_dict(), model)
+    command = ("annotate", model, images[0].parent, "--output", tmp_path / "set", "--no-browser")
+    command += ("--image-size", SIZE)
     with closing(socket.create_server(("127.0.0.1", 0))) as server:
         taken = server.getsockname()[1]
         assert f"port {taken} cannot be used" in refusal(*command, "--port", taken)
     monkeypatch.setitem(sys.modules, "nicegui", None)
-    assert "pip install 'naslora[annotate]'" in refusal(*command, "--port", free_port())
+    assert "pip install 'naslora[annotate]'" in refusal(*command, "--port", port := free_port())
+    page = Mock()  # which other machines cannot open
+    monkeypatch.setitem(sys.modules, "nicegui", SimpleNamespace(ui=page))
+    assert f"label 6 images at http://127.0.0.1:{port}; " in succeed(*command, "--port", port).out
+    given = page.run.call_args.kwargs
+    assert (given["host"], given["port"], given["show"]) == ("127.0.0.1", port, False)

@@ -6,11 +6,14 @@ tests/reliability/bad_inputs.yaml has the input that costs one line.
 import dataclasses
 import json
 import re
+from unittest import mock
 
 import pytest
+import torch
 from conftest import TRAIN, call, refusal, succeed, write_checkpoint
 
 import naslora as naslora_package
+from naslora.exits import guarded
 from naslora.methods import METHODS
 from naslora.results import LAST
 from naslora.training.run_config import (
@@ -70,6 +73,22 @@ def test_info_is_json():
     described = json.loads(result.out)
     assert described["backends"] == available_backends()
     assert described["backends"]["reference"] is None and "version" in described["build"]
+
+
+def test_models_are_listed_with_their_checkpoints():
+    lines = succeed("models").out.splitlines()
+    named = dict(line.split(maxsplit=1) for line in lines if line.startswith("  "))
+    assert named["vit_b"] == "hf:facebook/sam-vit-base" and named["sam3"].startswith("hf:")
+    assert named["vit_t"] == "its weights are in the package"
+
+
+def test_a_refusal_of_the_machine_is_one_line_and_a_defect_is_raised(capfd):
+    for error in (torch.OutOfMemoryError(), RuntimeError("can't allocate memory: 8 bytes")):
+        with pytest.raises(SystemExit):
+            guarded(mock.Mock(side_effect=error), ())
+        assert "error: there is not enough memory; lower --batch-size" in capfd.readouterr().err
+    with pytest.raises(RuntimeError, match="a defect"):
+        guarded(mock.Mock(side_effect=RuntimeError("a defect")), ())
 
 
 def test_help_shows_what_most_people_need_first():

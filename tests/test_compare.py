@@ -8,10 +8,12 @@ import shlex
 import shutil
 import signal
 import statistics
+import sys
 from dataclasses import replace
+from unittest import mock
 
 import pytest
-from conftest import call, csv_rows, group_lives, refusal, scores_of, succeed, wait_for
+from conftest import call, csv_rows, error_of, group_lives, refusal, scores_of, succeed, wait_for
 from reliability.conftest import Forked
 from run_configs import run_config
 
@@ -215,8 +217,7 @@ def test_a_failed_run_is_marked_and_tried_again(compared, tmp_path):
         return numbers(0.5)
 
     run, ran, _ = compared
-    with pytest.raises(UserError, match=r"1 of 4 runs have no result \(mona: RuntimeError"):
-        run(fails)
+    assert "1 of 4 runs have no result (mona: RuntimeError" in error_of(run, fails)
     assert len(ran) == 4
     table = (tmp_path / "out/table.md").read_text()
     assert "| Mona (1 failed) |" in table
@@ -261,6 +262,39 @@ def test_jobs_that_die_are_started_again(
     assert marker.exists()
     for name in ("table.csv", "differences.csv"):
         assert (tmp_path / "jobs" / name).read_bytes() == (tmp_path / "out" / name).read_bytes()
+
+
+def test_jobs_of_ray(monkeypatch, tmp_path):
+    """A process makes one run, so that its peak memory is the run's, and no lost one again."""
+    ray = mock.Mock(is_initialized=lambda: False, cluster_resources=lambda: {"GPU": 2.0})
+    monkeypatch.setitem(sys.modules, "ray", ray)
+    with launchers.jobs(Launch("ray", (("num_cpus=2", "address=auto"),)), tmp_path) as submit:
+        future = submit("config", tmp_path, False)
+    options = {"log_to_driver": False, "include_dashboard": False}
+    ray.init.assert_called_once_with(**options, num_cpus=2, address="auto")
+    ray.remote.assert_called_once_with(num_gpus=1, max_calls=1, max_retries=0)
+    started = ray.remote.return_value.return_value.remote
+    started.assert_called_once_with(os.getcwd(), "config", tmp_path, False)
+    assert future is started.return_value.future.return_value
+    ray.shutdown.assert_called_once_with()
+    jobs = launchers.jobs(Launch("ray", (("gpus",),)), tmp_path)
+    assert error_of(jobs.__enter__) == "--cluster takes NAME=VALUE, got 'gpus'"
+    for error, line in (
+        (ValueError("no"), "--launcher ray cannot start jobs: no"), (UserError("gone"), "gone")
+    ):  # fmt: skip
+        with pytest.raises(UserError, match=f"^{line}$"), launchers.jobs(Launch("ray"), tmp_path):
+            raise error
+
+
+def test_what_a_job_returns(monkeypatch, tmp_path):
+    monkeypatch.chdir("/")
+    for error, text in ((UserError("refused"), "refused"), (KeyError("lost"), "KeyError: 'lost'")):
+        monkeypatch.setattr(launchers, "run_and_measure", mock.Mock(side_effect=error))
+        assert str(launchers.attempt(tmp_path, "config")) == text and os.getcwd() == str(tmp_path)
+    died = mock.Mock(result=mock.Mock(side_effect=OSError("node 3")))
+    job = launchers.Job("run", mock.Mock(return_value=died), ())
+    _, outcome = launchers.finished([job])
+    assert str(outcome) == "its job died 4 times: node 3" and job.starts == 4
 
 
 # --- Tuned, on folds ---
@@ -422,7 +456,6 @@ def test_folds_of_one_csv_file(data, tiny_sam, tmp_path):
 
 def test_a_process_of_its_own():
     assert in_own_process(os.getpid) != os.getpid()
-    with pytest.raises(UserError, match="epochs: expected int >= 1"):
-        in_own_process(TrainConfig, 0)
+    assert "epochs: expected int >= 1" in error_of(in_own_process, TrainConfig, 0)
     with pytest.raises(RuntimeError, match="its process was killed"):
         in_own_process(os._exit, 1)

@@ -1,15 +1,18 @@
 """Building the extensions, without a GPU: setup.py, the report of nvcc, the served devices."""
 
+import runpy
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from unittest.mock import Mock
 
 import pytest
-from fresh_process import run_fresh
+import torch
 from setuptools import Distribution
 
+import naslora_kernels
 from bench.gpu import cuda_resources
-from naslora_kernels import cuda
+from naslora_kernels import cpp, cuda, triton
 
 setup = cuda_resources.load_setup()
 NVCC = setup.find_nvcc()
@@ -211,8 +214,38 @@ def test_capabilities_served(architectures, capability, served):
     assert cuda._serves(architectures, capability) is served
 
 
-def test_reason_of_an_absent_extension():
-    probe = "import naslora_kernels; print(naslora_kernels.available_backends()['cuda'])"
-    reason = run_fresh(probe, **{cuda.EMULATION_VARIABLE: "/nowhere/_CUDA.abi3.so"}).out
-    assert reason.startswith("the CUDA extension is not there (")
-    assert "reinstall naslora with nvcc" in reason
+@pytest.mark.parametrize(
+    ("module", "version", "cards", "reason"),
+    [
+        (cuda.extension, None, [], "this build of torch has no CUDA"),
+        (cuda.extension, "12.4", [], "torch finds no CUDA device"),
+        (cuda.extension, "12.4", [(8, 0), (7, 5)], "cuda:1 has compute capability 7.5, but the "),
+        (cuda.extension, "12.4", [(8, 0), (8, 6)], ""),
+        (triton, "12.4", [], "PyTorch finds no GPU, and TRITON_INTERPRET=1 is not set"),
+        (triton, "12.4", [(7, 0)], "it needs a GPU of compute capability 7.5, this one has 7.0"),
+    ],
+)
+def test_machines_served(monkeypatch, module, version, cards, reason):
+    built = SimpleNamespace(build_info=lambda: ("nvcc", "sm_80"))
+    for name, value in {"_CUDA": built, "EMULATION": None, "INTERPRETED": False}.items():
+        monkeypatch.setattr(module, name, value, raising=False)
+    monkeypatch.setattr(torch.version, "cuda", version)
+    driver = Mock(is_available=lambda: bool(cards), device_count=lambda: len(cards))
+    driver.get_device_capability = lambda index=0: cards[index]
+    monkeypatch.setattr(torch, "cuda", driver)
+    found = module.unavailable_reason() or ""
+    assert found.startswith(reason) and bool(found) == bool(reason)
+
+
+@pytest.mark.parametrize("module", [cpp.extension, cuda.extension])
+@pytest.mark.parametrize(
+    "present, reason",
+    [(None, "is not there (import of"), (SimpleNamespace(), "from an older version")],
+)
+def test_an_installation_without_extensions(monkeypatch, module, present, reason):
+    monkeypatch.delenv(cuda.EMULATION_VARIABLE, raising=False)
+    for name in ("_C", "_CUDA"):
+        monkeypatch.delattr(naslora_kernels, name, raising=False)
+        monkeypatch.setitem(sys.modules, f"naslora_kernels.{name}", present)
+    loaded = runpy.run_path(module.__file__)
+    assert reason in loaded["unavailable_reason"]() and loaded["build_info"]() == {}

@@ -16,7 +16,7 @@ from adapted_models import (
     stir,
     tokens,
 )
-from conftest import refusal
+from conftest import error_of, refusal
 from miniatures import save
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -115,13 +115,11 @@ def test_large_weights_lie_beside_the_graph(tmp_path, monkeypatch):
     export(model, description(model, "encoder"), "onnx", path)
     assert path.stat().st_size < 2e6 < (tmp_path / "model.onnx.data").stat().st_size
     assert_onnx_runtime_computes(Embedding(model), path, 240)
-    with pytest.raises(UserError, match="holds only the image encoder"):
-        load_class_map(path)
+    assert "holds only the image encoder" in error_of(load_class_map, path)
     content = bytearray((tmp_path / "model.onnx.data").read_bytes())
     content[len(content) // 2] ^= 1
     (tmp_path / "model.onnx.data").write_bytes(content)
-    with pytest.raises(UserError, match=r"model\.onnx is damaged"):
-        load_class_map(path)
+    assert "model.onnx is damaged" in error_of(load_class_map, path)
 
 
 @torch.no_grad()

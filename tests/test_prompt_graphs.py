@@ -29,10 +29,7 @@ def ran(path, part, **inputs):
 @torch.no_grad()
 @pytest.mark.parametrize(
     "tool, kind, frame",
-    [
-        ("x-anylabeling", "sam_med2d", SIZE),
-        pytest.param("samexporter", "segment_anything", FRAME, marks=pytest.mark.campaign),
-    ],
+    [("x-anylabeling", "sam_med2d", SIZE), ("samexporter", "segment_anything", FRAME)],
 )
 def test_graphs_equal_the_predictor(tool, kind, frame, tmp_path):
     model = build_promptable("vit_t", SIZE, "none")

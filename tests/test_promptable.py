@@ -13,7 +13,7 @@ from conftest import SIZE, TRAIN, call, refusal, succeed, write_pairs
 from PIL import Image
 from scipy import ndimage
 from segment_anything import SamAutomaticMaskGenerator, SamPredictor
-from segment_anything.modeling import ImageEncoderViT
+from segment_anything.modeling import ImageEncoderViT, TwoWayTransformer
 
 from bench.families import transformers_model
 from naslora.data.masks import IGNORED
@@ -98,6 +98,7 @@ def test_coco_instances_overlap_and_crowds_are_left_out():
 def test_objects_of_several_images_are_decoded_as_sam_decodes_one(given, three):
     torch.manual_seed(0)
     model = build_promptable("vit_t", SIZE, "none")
+    model.mask_decoder.transformer = TwoWayTransformer(2, 256, 8, 64)  # a second layer adds
     embeddings, owners = torch.randn(2, 256, 2, 2), torch.tensor([0, 1, 1])
     points, labels = SIZE * torch.rand(3, 2, 2), torch.tensor([[1, -1], [0, -1], [1, -1]])
     low = torch.randn(3, 1, 8, 8) if given else None

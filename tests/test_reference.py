@@ -1,7 +1,6 @@
 """The reference cell and layer against their definition, checks of arguments, and backends."""
 
 import contextlib
-import importlib.machinery
 import sys
 import types
 
@@ -216,6 +215,7 @@ BAD_LAYERS = [
     ("weight", torch.zeros(4, 5).double(), TypeError, ["float32", "float64"]),
     ("bias", torch.zeros(5), ValueError, ["(4,)", "(5,)"]),
     ("lora_A", torch.zeros(0, 5), ValueError, ["at least 1", "(0, "]),
+    ("lora_A", [1.0], TypeError, ["torch.Tensor", "list"]),
     ("lora_B", torch.zeros(3, 4), ValueError, ["(4, 3)", "(3, 4)"]),
     ("scaling", True, TypeError, ["number", "bool"]),
     ("scaling", float("nan"), ValueError, ["finite", "nan"]),
@@ -266,7 +266,6 @@ def test_channels_are_checked_again(mode):
 def fake_backend(monkeypatch):
     """A backend "fake", preferred to the reference, that serves float32 on the CPU alone."""
     module = types.ModuleType("naslora_kernels.fake")
-    module.__spec__ = importlib.machinery.ModuleSpec("naslora_kernels.fake", None)
     module.reason = None
     module.unavailable_reason = lambda: module.reason
     module.unsupported_reason = lambda device, dtype: (

@@ -14,7 +14,7 @@ from miniatures import save
 from PIL import Image
 from rich.console import Console
 
-from naslora import prediction
+from naslora import UserError, merge, prediction
 from naslora.data import demo_data
 from naslora.files import read_json, read_safetensors
 from naslora.results import ADAPTER
@@ -105,8 +105,15 @@ def test_metrics(run):
     assert metrics["seconds"] > 0
 
 
-def test_a_run_in_bfloat16_is_scored_and_merged_in_float32(data, tmp_path):
-    """It ends before alpha trains, which has a warning."""
+def test_a_run_in_bfloat16_is_scored_and_merged_in_float32(data, tmp_path, monkeypatch):
+    """It ends before alpha trains, which has a warning. A refused mode leaves the others."""
+
+    def merging(model, mode, batches):
+        if mode == "calibrated":
+            raise UserError("too few images")
+        return merge(model, mode, batches)
+
+    monkeypatch.setattr("naslora.training.run.merge", merging)
     output = tmp_path / "run"
     options = ["--data", data, *TRAIN, "--epochs", 1, "--mixed-precision", "bf16"]
     warning = "naslora: warning: alpha is not trained: --search-start 1 is not among the 1 epochs"
@@ -114,6 +121,8 @@ def test_a_run_in_bfloat16_is_scored_and_merged_in_float32(data, tmp_path):
     metrics, scores = read_json(output / "metrics.json"), scores_of(output)
     assert scores.pop("images") == 5 and scores == metrics["test"]
     assert max(layer["update_error"] for layer in metrics["merge"]["exact"]["layers"]) < 1e-4
+    assert metrics["merge"]["calibrated"]["refused"] == "too few images"
+    assert "calibrated: too few images." in (output / "report.html").read_text()
 
 
 def test_history_and_operations(run):

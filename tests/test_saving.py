@@ -1,10 +1,14 @@
 """What adapters and merged models hold on disk, and what Transformers reads of adapted models."""
 
+import contextlib
 import copy
+import errno
 import json
 import os
 import pickle
 import stat
+from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -43,12 +47,23 @@ from naslora.adapter.io.base_state import ADAPTER_FOLDER
 from naslora.adapter.io.merged_files import MERGED_CONFIG, MERGED_WEIGHTS
 from naslora.adapter.io.storage import CONFIG_NAME, WEIGHTS_NAME
 from naslora.adapter.layer.modules import adapter_layers
-from naslora.files import write_text
+from naslora.files import replaced_folder, write_text
 from naslora.integrations.hub import from_pretrained
 
 
 def assert_same(model: nn.Module, before: dict[str, torch.Tensor]) -> None:
     assert not differing(model.state_dict(), before)
+
+
+# ---------------------------------------------------------------- files and folders
+
+
+def test_a_folder_that_is_mounted_gets_the_files(tmp_path, monkeypatch):
+    for number in (errno.EBUSY, errno.EACCES):
+        monkeypatch.setattr(Path, "rmdir", mock.Mock(side_effect=OSError(number, "no")))
+        with contextlib.suppress(PermissionError), replaced_folder(tmp_path) as temporary:
+            (temporary / str(number)).touch()
+    assert [path.name for path in tmp_path.iterdir()] == [str(errno.EBUSY)]
 
 
 # ---------------------------------------------------------------- what a file holds

@@ -121,6 +121,8 @@ def _check_categories(files: dict[str, _Split]) -> None:
     """Checks that categories are distinct, and the same in every split."""
     first = files["train"]
     expected = {category.id: category.name for category in first.file.categories}
+    if not expected:
+        raise UserError(f"{first.path} has no categories")
     for path, file, _ in files.values():
         own = {category.id: category.name for category in file.categories}
         if not len(set(own.values())) == len(own) == len(file.categories):
@@ -132,8 +134,6 @@ def _check_categories(files: dict[str, _Split]) -> None:
                 f"the categories of {first.path} and {path} collide: {id} is "
                 f"{expected.get(id, 'missing')} and {own.get(id, 'missing')}; give both the same"
             )
-    if not expected:
-        raise UserError(f"{first.path} has no categories")
 
 
 def _labels(split: _Split, class_names: Sequence[str]) -> dict[int, int]:

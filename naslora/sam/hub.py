@@ -5,6 +5,7 @@ HF_HUB_OFFLINE, HF_ENDPOINT.
 """
 
 import re
+from contextlib import suppress
 from pathlib import Path
 
 from naslora.errors import UserError
@@ -71,10 +72,8 @@ def _snapshot(name: str) -> Path:
     if (folder / file).is_file() if file else any(folder.glob(_FOLDER[1])):
         return folder
     problem = f"{name}: the repository has no {f'file {file}' if file else _FOLDER[1]}"
-    try:
+    with suppress(OSError):
         files = HfApi().list_repo_files(repository, revision=folder.name)
-    except OSError:
-        raise UserError(problem) from None
-    found = ", ".join(file for file in files if file.endswith(_CHECKPOINTS))
-    offer = f"; name one of {found}" if found else ", and no other checkpoint"
-    raise UserError(f"{problem}{offer}")
+        found = ", ".join(file for file in files if file.endswith(_CHECKPOINTS))
+        problem += f"; name one of {found}" if found else ", and no other checkpoint"
+    raise UserError(problem)

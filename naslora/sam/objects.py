@@ -56,12 +56,10 @@ def decode(
     # index_select has a faster backward than an index.
     image, tokens = images.index_select(0, owners) + dense, start  # (N, g², 256)
     for index, layer in enumerate(transformer.layers):
-        if index == 0:  # the first layer has nothing but the prompts' own places
-            tokens = layer.self_attn(tokens, tokens, tokens)
-        else:
-            placed = tokens + start
-            tokens = tokens + layer.self_attn(placed, placed, tokens)
-        tokens = layer.norm1(tokens)
+        # The first layer has nothing but the prompts' own places.
+        placed = tokens + start if index else tokens
+        attended = layer.self_attn(placed, placed, tokens)
+        tokens = layer.norm1(tokens + attended if index else attended)
         placed = image + places
         attention = layer.cross_attn_token_to_image
         tokens = layer.norm2(tokens + _to_image(attention, tokens + start, placed, image))

@@ -48,8 +48,7 @@ def jobs(launch: Launch, output: Path) -> Iterator[Submit]:
         except UserError:
             raise
         except (RuntimeError, TypeError, ConnectionError, NameError, ValueError) as error:
-            text = f"--launcher {launch.launcher} cannot start jobs: {error}"
-            raise UserError(text) from error
+            raise UserError(f"--launcher {launch.launcher} cannot start jobs: {error}") from error
 
 
 def _slurm(given: dict[str, Any], output: Path) -> Submit:

@@ -149,8 +149,9 @@ class Study:
             errors = [error for error in own if isinstance(error, Exception)]
             for error in errors:
                 if not isinstance(error, UserError):
-                    text = f"the trial {values_text(values)} has no result: {reason(error)}"
-                    raise UserError(text)
+                    raise UserError(
+                        f"the trial {values_text(values)} has no result: {reason(error)}"
+                    )
             found = [numbers for numbers in own if isinstance(numbers, RunNumbers)]
             dice = None if errors else pooled(found).numbers["dice"]
             trials.append(Trial({**values}, dice, "; ".join(map(reason, errors)) or None))

@@ -3,12 +3,13 @@
 import faulthandler
 import fcntl
 import functools
+import multiprocessing
 import os
+import resource
 import shutil
 import signal
 import sys
 import threading
-import traceback
 from collections.abc import Callable
 from pathlib import Path
 
@@ -26,6 +27,7 @@ from naslora.report.figures import Drawing
 
 # Seconds after which a forked command that hangs prints where, and ends.
 LONGEST = 540
+FORKS = multiprocessing.get_context("fork")  # whose processes coverage.py follows
 SIGNALS = [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")]
 
 
@@ -101,19 +103,16 @@ class Forked:
         pipes = [os.pipe(), os.pipe()]
         for _, write in pipes:
             fcntl.fcntl(write, fcntl.F_SETPIPE_SZ, 1 << 20)
-        self.pid = os.fork()
-        if self.pid == 0:
-            try:
-                self._run([str(argument) for argument in arguments], prepare, pipes)
-            finally:
-                os._exit(1)
+        words = [str(argument) for argument in arguments]
+        self.process = FORKS.Process(target=self._run, args=(words, prepare, pipes))
+        self.process.start()
+        self.pid = self.process.pid
         self.out, self.err = (read for read, _ in pipes)
         for _, write in pipes:
             os.close(write)
 
     @staticmethod
     def _run(arguments: list[str], prepare: Callable[[], object], pipes: list) -> None:
-        status: object = 1
         os.setsid()
         for number, (_, write) in enumerate(pipes, 1):
             os.dup2(write, number)
@@ -126,28 +125,22 @@ class Forked:
         try:
             prepare()
             cli.main()
-            status = 0
-        except SystemExit as exit:
-            status = exit.code
-        except BaseException:
-            traceback.print_exc()
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status if isinstance(status, int) else 1)
+        finally:
+            _, most = resource.getrlimit(resource.RLIMIT_FSIZE)  # a test may have limited files
+            resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
 
     def kill(self, number: int = signal.SIGKILL) -> None:
         """Sends a signal."""
         os.kill(self.pid, number)
 
-    def poll(self) -> object:
-        """None while it runs, as of ``subprocess.Popen``; does not reap it."""
-        return os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+    def poll(self) -> int | None:
+        """None while it runs, as of ``subprocess.Popen``."""
+        return self.process.exitcode
 
     def wait(self) -> Result:
         """Waits until it ends."""
-        _, status = os.waitpid(self.pid, 0)
-        code = os.waitstatus_to_exitcode(status)
-        return Result(code, _all_of(self.out), _all_of(self.err))
+        self.process.join()
+        return Result(self.process.exitcode, _all_of(self.out), _all_of(self.err))
 
 
 def _all_of(pipe: int) -> str:

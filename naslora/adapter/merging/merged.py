@@ -174,8 +174,10 @@ def _restored(base: nn.Linear, stored: dict[str, Tensor]) -> MergedNASLoRALinear
     for name, shape in shapes.items():
         tensor = stored[name]
         if tensor.shape != shape or not tensor.is_floating_point():
-            found = f"{tensor.dtype} of shape {tuple(tensor.shape)}"
-            raise ValueError(f"{name} is {found}, not floating-point of shape {shape}")
+            raise ValueError(
+                f"{name} is {tensor.dtype} of shape {tuple(tensor.shape)}, not floating-point of "
+                f"shape {shape}"
+            )
         fitting[name] = tensor.to(torch.promote_types(tensor.dtype, base.weight.dtype))
     if linear:
         mixture: nn.Module = FoldedCell(fitting["mixture.kernel"], fitting["mixture.pooling"])

@@ -55,8 +55,9 @@ class Sam3Encoder(nn.Module):
         try:  # here, because it takes seconds
             from transformers import Sam3VisionConfig, Sam3VisionModel
         except ImportError as error:
-            reason = "--model sam3 needs transformers 5 or later"
-            raise UserError(f"{reason}; run pip install 'transformers>=5'") from error
+            raise UserError(
+                "--model sam3 needs transformers 5 or later; run pip install 'transformers>=5'"
+            ) from error
 
         config = Sam3VisionConfig(**_config(name, image_size)["vision_config"])
         vision: Any = Sam3VisionModel(config)
