@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from bench import models
-from bench.models import Candidate, Setting
+from bench.models import PRECISIONS, Candidate, Setting
 from naslora.sam.objects import PADDING, POSITIVE
 from naslora.sam.precision import cast_frozen
 from naslora.sam.prompts import PromptableSam, build_promptable
@@ -55,18 +55,13 @@ class Prompted(Candidate):
 
 
 def candidates(setting: Setting) -> tuple[Candidate, Prompted]:
-    """A semantic and a promptable model, with adapters.
-
-    Raises:
-        UserError: the model takes no prompts.
-    """
+    """A semantic and a promptable model, with adapters."""
     untouched = models.untouched(setting)
     semantic = models.candidates(setting, [METHOD], untouched)[METHOD]
     model = build_promptable(setting.model, setting.image_size, NONE, attention="fused")
     model = models.adapted(METHOD, model.to(setting.device))
-    dtype = models.PRECISIONS[setting.precision]
-    if dtype is not None:
-        cast_frozen(model.image_encoder, dtype)
+    if PRECISIONS[setting.precision] is not None:
+        cast_frozen(model.image_encoder, PRECISIONS[setting.precision])
     return semantic, Prompted(model, setting)
 
 

@@ -15,6 +15,7 @@ import torch
 from bench import cases, counts, models, prompts, timing
 from bench.kinds import Case, Kind
 from bench.models import Setting
+from naslora.sam.prompts import PROMPTED
 
 # (candidate, step): seconds round by round, and what stands beside them.
 Entries = dict[tuple[str, str], tuple[list[float], dict[str, object]]]
@@ -77,10 +78,13 @@ def time_training(setting: Setting, names: Iterable[str], rounds: int) -> Entrie
 def time_prompts(setting: Setting, rounds: int) -> Entries:
     """Seconds of a semantic step, and of promptable steps on the same encoder.
 
+    Nothing if the model takes no prompts.
+
     Raises:
         RuntimeError: the gate failed.
-        UserError: the model takes no prompts.
     """
+    if setting.model not in PROMPTED:
+        return {}
     semantic, prompted = prompts.candidates(setting)
     _refuse(prompts.gate(prompted))
     functions = prompts.functions(semantic, prompted)

@@ -52,7 +52,8 @@ def check_layer(x: Tensor, linear: LoRALinear, cell: Cell, scaling: float) -> No
         _check_channel_values(cell.channels, linear.lora_A.shape[0])
     else:
         check_cell("x", x, cell, _check_linear(x, linear))
-        # torch.compile would compile anew after a change of the set.
+        # torch.compile would compile anew after a change of the set, and shapes that keep changing
+        # would fill the memory.
         if of_call is not None and len(_passed_layers) < 1024:
             _passed_layers.add(of_call)
     _check_number("scaling", scaling)

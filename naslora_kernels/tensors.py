@@ -55,8 +55,9 @@ def last_size(tensor: Tensor | None, other: Tensor | None) -> int:
 def signature(tensors: tuple[Tensor | None, ...]) -> object:
     """Returns what the checks of tensors look at, except for values: two calls with equal
     signatures pass or fail alike. None while torch.compile traces, and for what is no tensor."""
+    if torch.compiler.is_compiling():
+        return None
     try:
-        own = (None if t is None else (t.shape, t.dtype, t.device, t.layout) for t in tensors)
-        return None if torch.compiler.is_compiling() else tuple(own)
+        return tuple(None if t is None else (t.shape, t.dtype, t.device, t.layout) for t in tensors)
     except AttributeError:
         return None

@@ -50,7 +50,7 @@ def decode(
     own = torch.cat([decoder.iou_token.weight, decoder.mask_tokens.weight])
     start = torch.cat([own.expand(len(prompts), -1, -1), prompts], 1)  # (N, T, 256)
     maps: list[Tensor] = [embeddings, dense, model.prompt_encoder.get_dense_pe()]
-    if torch.is_autocast_enabled(embeddings.device.type):  # float32 would make float32 of sums
+    if torch.is_autocast_enabled(embeddings.device.type):  # a sum with float32 would be float32
         maps = [part.to(torch.get_autocast_dtype(part.device.type)) for part in maps]
     images, dense, places = map(_rows, maps)
     # index_select has a faster backward than an index.
