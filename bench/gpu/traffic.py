@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -155,9 +155,20 @@ def attention_launches(case: Case) -> dict[str, list[Launch]]:
     return {"forward": forward.launches, "backward": backward.launches}
 
 
-def step_launches(name: str = "vit_b") -> dict[str, int]:
-    """The launches of a weight step of NAS-LoRA at batch 1 and 1024 x 1024 pixels, by ``triton``;
-    without casts and the optimizer."""
+class _Encoded(nn.Module):
+    """In place of an image encoder: an encoding with gradients, and no launch."""
+
+    def __init__(self, shape: torch.Size) -> None:
+        super().__init__()
+        self.encoding = nn.Parameter(torch.empty(shape, device="meta"))
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.encoding.view_as(self.encoding)
+
+
+def step_launches(target: str) -> dict[str, dict[str, int]]:
+    """The launches of a weight step of NAS-PC-LoRA with ViT-B at batch 1 and 1024 x 1024 pixels,
+    by ``triton``, and those of its decoder and loss alone; without casts and the optimizer."""
     from naslora import NASLoRAConfig
     from naslora.adapter.layer.injection import arch_parameters
     from naslora.methods import apply
@@ -165,20 +176,29 @@ def step_launches(name: str = "vit_b") -> dict[str, int]:
     from naslora.sam.segmentation import build_model
 
     with torch.device("meta"):
-        model = build_model(name, 1024, checkpoint="none", attention="fused")
+        model = build_model("vit_b", 1024, checkpoint="none", attention="fused")
         images, masks = torch.empty(1, 3, 1024, 1024), torch.empty(1, 1024, 1024)
-    apply("nas-pc-lora", model, NASLoRAConfig())
+    apply("nas-pc-lora", model, NASLoRAConfig(target=target))
     for alpha in arch_parameters(model):
         alpha.requires_grad_(False)
+    model = model.to("meta").train()
+
+    def launched() -> dict[str, int]:
+        with Recorder() as forward:
+            loss = SegmentationLoss()(model(images), masks)
+        model.zero_grad()
+        with Recorder() as backward:
+            loss.backward()
+        return {"forward": len(forward.launches), "backward": len(backward.launches)}
+
     # No backend serves tensors without memory, and autocast does not know them.
     names = {"select_backend": lambda *about: triton, "_autocast_dtype": lambda tensor: None}
     with mock.patch.multiple(functional, **names):
-        with Recorder() as forward:
-            loss = SegmentationLoss()(model.to("meta").train()(images), masks)
-        with Recorder() as backward:
-            loss.backward()
-    return {"forward": len(forward.launches), "backward": len(backward.launches)}
+        whole = launched()
+        model.image_encoder = _Encoded(model.image_encoder(images).shape)
+        return {"the step": whole, "decoder and loss": launched()}
 
 
 if __name__ == "__main__":
-    print(f"A weight step of ViT-B: {step_launches()}")
+    for target in ("qkv", "all"):
+        print(f"ViT-B, --target {target}: {step_launches(target)}")
