@@ -335,7 +335,7 @@ STUDIES = {
         reference="LoRA",
     ),
     # Tuned on none of the sets of the final comparison but the first two. The outlines of 16 images
-    # of nuclei, which bench.experiments.outlines writes, stand for thin structures.
+    # of nuclei, as docs/evidence.md says, stand for thin structures.
     "recipe": Study(
         datasets=("kvasir_seg", "leaf_disease", "nuclei_outlines"),
         seeds=(0, 1, 2),
