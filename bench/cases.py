@@ -1,5 +1,6 @@
 """What is measured: the cases, their candidates, and how much work each must do at least."""
 
+import functools
 import importlib.util
 import platform
 import subprocess
@@ -267,6 +268,7 @@ def commit() -> str:
     return result.stdout.strip()
 
 
+@functools.cache
 def environment(device: str = "cpu") -> dict[str, object]:
     """Device, versions and commit, to stand beside every number."""
     return {

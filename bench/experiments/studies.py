@@ -137,12 +137,11 @@ def _adapter(method: str, **adapter: Any) -> Settings:
 # Plain LoRA in the fused kernels.
 LORA = _adapter("nas-pc-lora", channel_ratio=0.0)
 
-RANDOM_VIT_T = {"name": "vit_t", "checkpoint": NONE}
 # Encoders: with convolutions, without, and without pre-trained weights.
 ENCODERS: dict[str, dict[str, Any]] = {
     "MobileSAM": {"name": "mobile_sam"},
     "vit_t": {"name": "vit_t"},
-    "random vit_t": RANDOM_VIT_T,
+    "random vit_t": {"name": "vit_t", "checkpoint": NONE},
 }
 
 METHODS = {
@@ -261,18 +260,10 @@ STUDIES = {
     # The learning rate that a user gets who gives none, on few images: the model is not trained to
     # its end. And five times that rate, at which LoRA ends higher.
     "default-rate": Study(
-        common=joined(
-            EARLIER_DEFAULTS,
-            {
-                "model": {"name": "mobile_sam", "image_size": 256},
-                "training": {"mixed_precision": "no"},
-            },
-        ),
+        common=joined(ENCODERS_AT_256, {"model": ENCODERS["MobileSAM"]}, _rate(1e-4)),
         variants=DEFAULT_RATE
         | {
-            f"rate x 5, {method}": joined(
-                DEFAULT_RATE[method], {"training": {"learning_rate": 5e-4}}
-            )
+            f"rate x 5, {method}": joined(DEFAULT_RATE[method], _rate(5e-4))
             for method in ("LoRA", "Conv-LoRA", "NAS-PC-LoRA")
         },
         epochs={"kvasir_seg": 6, "leaf_disease": 6},
@@ -294,8 +285,8 @@ STUDIES = {
                 "training": {"learning_rate": rate, "anneal_epochs": anneal},
             }
             for title, model, rate in (
-                ("MobileSAM", {"name": "mobile_sam"}, 5e-4),
-                ("vit_t", RANDOM_VIT_T, 1e-3),
+                ("MobileSAM", ENCODERS["MobileSAM"], 5e-4),
+                ("vit_t", ENCODERS["random vit_t"], 1e-3),
             )
             for anneal in (0, 6)
         },
@@ -332,7 +323,7 @@ STUDIES = {
         of_data={"nuclei_outlines": {"model": {"image_size": 512}, "training": {"batch_size": 2}}},
         variants={
             f"{target}, {rate:g}, {method}": joined(
-                settings, {"adapter": {"target": target}, "training": {"learning_rate": rate}}
+                settings, {"adapter": {"target": target}}, _rate(rate)
             )
             for target in TARGETS
             for rate in RATES

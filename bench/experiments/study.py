@@ -34,12 +34,7 @@ from naslora.study.summary import mean_and_spread, mean_text
 from naslora.trained import evaluate_model, load_model
 from naslora.training.resolve import LEARNING_TRAVEL
 from naslora.training.run import train
-from naslora.training.run_config import (
-    DataConfig,
-    ModelConfig,
-    RunConfig,
-    TrainConfig,
-)
+from naslora.training.run_config import DataConfig, ModelConfig, RunConfig, TrainConfig
 from naslora.training.run_data import calibration, find_splits
 
 
@@ -99,7 +94,7 @@ def main(
                     _train_cell(plan, folder, name, number, data, weights, output / study)
     done = finished(plan, output / study, save)
     if save is not None:
-        save_cells(done, save)
+        write_rows(save, [{**key._asdict(), **done[key]} for key in sorted(done)])
     print(table(plan, done))
 
 
@@ -208,15 +203,6 @@ def finished(plan: Study, output: Path, save: Path | None) -> Cells:
                     numbers = {title: column(*run) for title, column in plan.columns.items()}
                     cells[Key(dataset, name, seed)] = numbers
     return cells
-
-
-def save_cells(cells: Cells, path: Path) -> None:
-    """Writes one row a cell, sorted."""
-    rows = [
-        {"data": key.data, "variant": key.variant, "seed": key.seed, **cells[key]}
-        for key in sorted(cells)
-    ]
-    write_rows(path, rows)
 
 
 def table(plan: Study, cells: Cells) -> str:
