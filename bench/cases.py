@@ -1,5 +1,6 @@
 """What is measured: the cases, their candidates, and how much work each must do at least."""
 
+import functools
 import importlib.util
 import platform
 import subprocess
@@ -120,22 +121,23 @@ def cell_works(shape: Shape, rank: int, setting: Setting = CPU) -> dict[str, Wor
         return mixed_cell(z, **parameters, channels=channels, backend=backend)
 
     leaves = [z, *parameters.values()]
-    names = (*setting.kernels, "reference")
-    works = {name: Work(partial(cell, z, parameters, name), leaves, gradient) for name in names}
-    if (shape, rank) in COMPILED_CASES:
-        compiled = torch.compile(cell, fullgraph=True, dynamic=False)
-        compute = partial(compiled, z, parameters, "reference")
-        works["reference compiled"] = Work(compute, leaves, gradient)
-    return works
+    return _fused_works(cell, (z, parameters), leaves, gradient, (shape, rank), setting)
 
 
-def peft_lora(linear: torch.nn.Linear, rank: int) -> torch.nn.Module:
-    """PEFT's LoRA layer on a linear."""
-    from peft.tuners.lora import Linear as LoraLinear
-    from peft.tuners.lora import LoraConfig
-
-    config = LoraConfig(r=rank, lora_alpha=32)
-    return LoraLinear(linear, "default", config=config, r=rank, lora_alpha=32)
+def _fused_works(
+    function: Callable[..., Tensor],
+    given: tuple[object, ...],
+    leaves: list[Tensor],
+    gradient: Tensor,
+    case: tuple[Shape, int],
+    setting: Setting,
+) -> dict[str, Work]:
+    """``function``, whose last argument is the backend, by the fused kernels and the reference."""
+    computes = {name: partial(function, *given, name) for name in (*setting.kernels, "reference")}
+    if case in COMPILED_CASES:
+        compiled = torch.compile(function, fullgraph=True, dynamic=False)
+        computes["reference compiled"] = partial(compiled, *given, "reference")
+    return {name: Work(compute, leaves, gradient) for name, compute in computes.items()}
 
 
 def layer_works(shape: Shape, rank: int, setting: Setting = CPU) -> dict[str, Work]:
@@ -160,17 +162,15 @@ def layer_works(shape: Shape, rank: int, setting: Setting = CPU) -> dict[str, Wo
             scaling=SCALING, backend=backend,
         )  # fmt: skip
 
-    given, leaves = (x, adapter, cell), [x, *adapter, *cell.values()]
-    names = (*setting.kernels, "reference")
-    works = {name: Work(partial(nas_lora, *given, name), leaves, gradient) for name in names}
-    if (shape, rank) in COMPILED_CASES:
-        compiled = torch.compile(nas_lora, fullgraph=True, dynamic=False)
-        compute = partial(compiled, *given, "reference")
-        works["reference compiled"] = Work(compute, leaves, gradient)
+    leaves = [x, *adapter, *cell.values()]
+    works = _fused_works(nas_lora, (x, adapter, cell), leaves, gradient, (shape, rank), setting)
     if importlib.util.find_spec("peft"):
-        lora = peft_lora(linear, rank).to(**like)
-        peft_leaves = [x, *(p for p in lora.parameters() if p.requires_grad)]
-        works["PEFT LoRA"] = Work(lambda: lora(x), peft_leaves, gradient)
+        from peft.tuners import lora
+
+        config = lora.LoraConfig(r=rank, lora_alpha=32)
+        layer = lora.Linear(linear, "default", config=config, r=rank, lora_alpha=32).to(**like)
+        peft_leaves = [x, *(p for p in layer.parameters() if p.requires_grad)]
+        works["PEFT LoRA"] = Work(lambda: layer(x), peft_leaves, gradient)
     works["frozen linear"] = Work(lambda: F.linear(x, linear.weight, linear.bias), [x], gradient)
     return works
 
@@ -268,6 +268,7 @@ def commit() -> str:
     return result.stdout.strip()
 
 
+@functools.cache
 def environment(device: str = "cpu") -> dict[str, object]:
     """Device, versions and commit, to stand beside every number."""
     return {

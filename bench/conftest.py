@@ -14,8 +14,6 @@ from naslora.allocator import keep_freed_memory
 from naslora.methods import METHODS
 from naslora.sam.vits import VITS, ViT
 
-environment = functools.cache(cases.environment)
-
 
 def pytest_addoption(parser):
     """What the benchmarks measure; all options but ``--rounds`` concern whole models."""
@@ -150,7 +148,7 @@ def entry(benchmark, measured, of, key):
             pytest.skip(f"{key[0]} does not fit the model, or is not installed")
         seconds, about = found[key]
         benchmark.group = about.get("group", benchmark.group)
-        benchmark.extra_info.update(about, **environment(), candidate=key[0], step=key[1])
+        benchmark.extra_info.update(about, **cases.environment(), candidate=key[0], step=key[1])
         benchmark._mode = "interleaved"
         if benchmark.enabled:
             stats = benchmark._make_stats(iterations=1)

@@ -47,7 +47,6 @@ class Host:
     prefix: int | None = None
     """As in the configuration; None takes what the model states."""
     size: tuple[int, int] = (64, 64)
-    oblong: tuple[int, int] = (64, 96)
     later: int = 0
     """Prefix tokens that the last block has beside."""
 
@@ -112,7 +111,7 @@ def plain(size: plain_vits.PlainViT) -> Callable[[int, int], nn.Module]:
 
 DINOV2 = partial(oblong_vit, "Dinov2WithRegistersModel", patch_size=16)
 DINOV3 = partial(oblong_vit, "DINOv3ViTModel", num_register_tokens=4, intermediate_size=64)
-OF_14 = {"size": (56, 56), "oblong": (56, 84)}  # pixels a patch
+OF_14 = {"size": (56, 56)}  # pixels a patch
 HOSTS = (
     Host("SAM (`vit_*`)", partial(plain_vit, ImageEncoderViT)),
     Host("MobileSAM (`mobile_sam`)", lambda height, width: TinyViTEncoder()),
@@ -252,12 +251,13 @@ def merges(host: Host, x: Tensor) -> Iterator[str]:
 
 def oblong(host: Host) -> str:
     """Whether adapted layers take images that are not square; a dash if the encoder does not."""
-    x = images(host.oblong)
+    size = host.size[0], host.size[0] * 3 // 2
+    x = images(size)
     try:
-        host.build(*host.oblong).eval()(x)
+        host.build(*size).eval()(x)
     except (ValueError, RuntimeError):
         return "–"
-    return yes(bool(first(adapted(host, host.oblong)(x)).isfinite().all()))
+    return yes(bool(first(adapted(host, size)(x)).isfinite().all()))
 
 
 def attention(host: Host, x: Tensor) -> str:

@@ -30,31 +30,14 @@ class Kind(NamedTuple):
 
 
 REFERENCES = ("reference", "reference compiled")
+CELL = cases.cell_works, cases.cell_bytes, cases.cell_operations
+LAYER = cases.layer_works, cases.layer_bytes, cases.layer_operations
+ATTENTION = attention.works, attention.least_bytes, attention.operations
+BESIDE = (attention.STOCK, attention.SDPA)
 KINDS = {
-    "cell": Kind(
-        "cell",
-        cases.CELL_CASES,
-        cases.cell_works,
-        cases.cell_bytes,
-        cases.cell_operations,
-        REFERENCES,
-    ),
-    "layer": Kind(
-        "layer",
-        cases.CASES,
-        cases.layer_works,
-        cases.layer_bytes,
-        cases.layer_operations,
-        (*REFERENCES, "PEFT LoRA", "frozen linear"),
-    ),
+    "cell": Kind("cell", cases.CELL_CASES, *CELL, REFERENCES),
+    "layer": Kind("layer", cases.CASES, *LAYER, (*REFERENCES, "PEFT LoRA", "frozen linear")),
     "attention": Kind(
-        "attention",
-        attention.CASES,
-        attention.works,
-        attention.least_bytes,
-        attention.operations,
-        (attention.STOCK, attention.SDPA),
-        "heads",
-        attention.STOCK,
+        "attention", attention.CASES, *ATTENTION, BESIDE, "heads", judge=attention.STOCK
     ),
 }

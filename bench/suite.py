@@ -25,9 +25,6 @@ Entries = dict[tuple[str, str], tuple[list[float], dict[str, object]]]
 ARCHITECTURE_STEPS = 0.2
 
 
-copy_bandwidth = functools.cache(timing.copy_bandwidth)
-
-
 def time_kernels(kind: Kind, case: Case, direction: str, rounds: int) -> Entries:
     """Seconds of each candidate in five times so many rounds.
 
@@ -43,7 +40,7 @@ def time_kernels(kind: Kind, case: Case, direction: str, rounds: int) -> Entries
         "direction": direction,
         "bytes": kind.least_bytes(*case, direction),
         "operations": kind.operations(*case, direction),
-        "copy_bandwidth": copy_bandwidth(),
+        "copy_bandwidth": timing.copy_bandwidth(),
     }
     target = 0.02 if rounds > 1 else 0
     seconds = timing.interleave(functions, 5 * rounds if target else 1, target)
@@ -108,8 +105,7 @@ def time_inference(setting: Setting, methods: Iterable[str], rounds: int) -> Ent
         (name, "inference"): functools.partial(models.inference, model, setting, images)
         for name, model in found.items()
     }
-    # The gate has warmed them up.
-    seconds = timing.interleave(functions, rounds, target=0, warm=True, device=setting.device)
+    seconds = timing.interleave(functions, rounds, target=0, device=setting.device)
     return {key: (samples, dataclasses.asdict(setting)) for key, samples in seconds.items()}
 
 

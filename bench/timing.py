@@ -1,5 +1,6 @@
 """Timing of interleaved candidates, and the machine's copy bandwidth."""
 
+import functools
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -30,7 +31,6 @@ def interleave(
     functions: Mapping[Any, Callable[[], object]],
     rounds: int,
     target: float = 0.02,
-    warm: bool = False,
     device: str = "cpu",
 ) -> dict[Any, list[float]]:
     """Seconds per call of each function, one after the other in every round.
@@ -42,7 +42,6 @@ def interleave(
         functions: what to time, by name.
         rounds: measurements of each.
         target: seconds that a measurement should take at least; 0 repeats nothing.
-        warm: every function has been called before.
         device: where they compute; a GPU has its own clock.
     """
 
@@ -63,8 +62,7 @@ def interleave(
 
     repeats = dict.fromkeys(functions, 1)
     for name, function in functions.items():
-        if not warm:
-            function()  # compiles, allocates
+        function()  # compiles, allocates
         if target:
             repeats[name] = max(1, round(target / measured(function, 1)))
     seconds: dict[Any, list[float]] = {name: [] for name in functions}
@@ -74,6 +72,7 @@ def interleave(
     return seconds
 
 
+@functools.cache
 def copy_bandwidth(device: str = "cpu") -> float:
     """Bytes per second that a copy of a large tensor reads and writes: what memory allows."""
     source = torch.ones(2**25 if device == "cpu" else 2**28, device=device)  # of 4 bytes

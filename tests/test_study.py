@@ -21,7 +21,7 @@ PAGE = (PAGES / "evidence.md").read_text(encoding="utf-8")
 def test_the_evidence_is_what_the_study_prints(tmp_path, study, file, section):
     plan = STUDIES[study]
     printed = table(plan, finished(plan, tmp_path, PAGES / "results" / file)).splitlines()
-    starts = tuple(f"| {data} | {name} | " for data in plan.datasets for name in plan.variants)
+    starts = tuple(f"| {data} | {name} | " for data in plan.epochs for name in plan.variants)
     page = PAGE.split(section)[1].split("\n## ")[0] if section else PAGE
     shown = [line for line in page.splitlines() if line.startswith(starts)]
     assert shown and not set(shown) - set(printed)

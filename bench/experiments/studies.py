@@ -5,60 +5,56 @@ import statistics
 from collections.abc import Callable
 from typing import Any
 
+from naslora.report.tables import reduce_known
 from naslora.results import CLICK_SCORES, Epoch, RunResult
 from naslora.sam.shipped import NONE
 from naslora.study.summary import mean_and_spread
 from naslora.training.resolve import LEARNING_TRAVEL
 
 Settings = dict[str, dict[str, Any]]
-"""Fields of RunConfig ("run"), of its adapter, its training and its prompts, and "fitted"."""
+"""Fields of RunConfig ("run"), of its data, model, adapter and training, and "fitted"."""
 Numbers = dict[str, float | None]
 """The columns of a finished cell."""
 Column = Callable[[RunResult, list[Epoch]], float | None]
 """A number of a finished run."""
 
 
-def _dice(result: RunResult, mode: str | None = None) -> float | None:
-    """Test Dice, after a merge if ``mode`` is given."""
-    scores = result.test if mode is None else result.test_merged.get(mode)
-    return scores.dice if scores else None
+def _dice(mode: str) -> Column:
+    """Test Dice after a merge."""
+    return lambda result, _: scores.dice if (scores := result.test_merged.get(mode)) else None
 
 
 TRAINING: dict[str, Column] = {
     "loss, epochs 2-5": lambda _, history: statistics.mean(e.train_loss for e in history[2:6]),
     "last loss": lambda _, history: history[-1].train_loss,
-    "test Dice": lambda result, _: _dice(result),
+    "test Dice": lambda result, _: result.test.dice,
     "test IoU": lambda result, _: result.test.iou,
-    "Dice after center": lambda result, _: _dice(result, "center"),
+    "Dice after center": _dice("center"),
     "entropy": lambda _, history: history[-1].entropy,
 }
 
-CALIBRATED: dict[str, Column] = {
-    "Dice after calibrated": lambda result, _: _dice(result, "calibrated")
-}
-
+CALIBRATED = {"Dice after calibrated": _dice("calibrated")}
 LAST_STEP: dict[str, Column] = {
     "Dice of the last step": lambda result, _: result.test_last and result.test_last.dice
 }
 # Medians over the epochs, because a pause of the machine spoils single ones.
 SECONDS: dict[str, Column] = {
     "weights, s an epoch": lambda _, history: statistics.median(e.seconds_weights for e in history),
-    "alpha, s an epoch": lambda _, history: _median(
-        [e.seconds_architecture for e in history if e.arch_loss is not None]
+    "alpha, s an epoch": lambda _, history: reduce_known(
+        statistics.median,
+        (e.seconds_architecture if e.arch_loss is not None else None for e in history),
     ),
 }
 
 
-def _median(values: list[float]) -> float | None:
-    return statistics.median(values) if values else None
-
-
-def _error(result: RunResult, mode: str, held_out: bool = False) -> float | None:
+def _error(mode: str, held_out: bool = False) -> Column:
     """Mean over the layers of the update's relative error after a merge."""
-    layers = result.merge[mode].layers
-    if held_out:
-        return mean_and_spread([layer.held_out_error for layer in layers])[0]
-    return statistics.mean(layer.update_error for layer in layers)
+    name = "held_out_error" if held_out else "update_error"
+
+    def column(result: RunResult, _: list[Epoch]) -> float | None:
+        return mean_and_spread([getattr(layer, name) for layer in result.merge[mode].layers])[0]
+
+    return column
 
 
 def _clicks(score: str, untouched: bool = False) -> Column:
@@ -78,15 +74,15 @@ PROMPTS: dict[str, Column] = {
 }
 
 MERGING: dict[str, Column] = {
-    "before": lambda result, _: _dice(result),
-    "exact": lambda result, _: _dice(result, "exact"),
-    "center": lambda result, _: _dice(result, "center"),
-    "calibrated, 8": lambda result, _: _dice(result, "calibrated, 8"),
-    "calibrated, 16": lambda result, _: _dice(result, "calibrated"),
-    "error of exact": lambda result, _: _error(result, "exact"),
-    "of center": lambda result, _: _error(result, "center"),
-    "of calibrated, 8": lambda result, _: _error(result, "calibrated, 8", held_out=True),
-    "of calibrated, 16": lambda result, _: _error(result, "calibrated", held_out=True),
+    "before": lambda result, _: result.test.dice,
+    "exact": _dice("exact"),
+    "center": _dice("center"),
+    "calibrated, 8": _dice("calibrated, 8"),
+    "calibrated, 16": _dice("calibrated"),
+    "error of exact": _error("exact"),
+    "of center": _error("center"),
+    "of calibrated, 8": _error("calibrated, 8", held_out=True),
+    "of calibrated, 16": _error("calibrated", held_out=True),
 }
 
 
@@ -94,11 +90,12 @@ MERGING: dict[str, Column] = {
 class Study:
     """Variants, each trained on every data set with every seed."""
 
-    datasets: tuple[str, ...]
-    seeds: tuple[int, ...]
     common: Settings
     variants: dict[str, Settings]
     epochs: dict[str, int]
+    """By data set."""
+    seeds: int = 5
+    """The number of seeds, which are counted from 0."""
     columns: dict[str, Column] = dataclasses.field(default_factory=lambda: TRAINING)
     few_images: int | None = None
     """If given, models are also merged with ``calibrated`` on this number of images."""
@@ -124,7 +121,7 @@ class Study:
         return alike if alike in self.variants else self.reference
 
 
-def _joined(*parts: Settings) -> Settings:
+def joined(*parts: Settings) -> Settings:
     """Settings of all parts; the last one that gives a field decides."""
     joined: Settings = {}
     for part in parts:
@@ -140,12 +137,11 @@ def _adapter(method: str, **adapter: Any) -> Settings:
 # Plain LoRA in the fused kernels.
 LORA = _adapter("nas-pc-lora", channel_ratio=0.0)
 
-RANDOM_VIT_T = {"model": "vit_t", "checkpoint": NONE}
 # Encoders: with convolutions, without, and without pre-trained weights.
 ENCODERS: dict[str, dict[str, Any]] = {
-    "MobileSAM": {"model": "mobile_sam"},
-    "vit_t": {"model": "vit_t"},
-    "random vit_t": RANDOM_VIT_T,
+    "MobileSAM": {"name": "mobile_sam"},
+    "vit_t": {"name": "vit_t"},
+    "random vit_t": {"name": "vit_t", "checkpoint": NONE},
 }
 
 METHODS = {
@@ -162,9 +158,9 @@ EARLIER_DEFAULTS: Settings = {
     "adapter": {"target": "qkv"},
     "training": {"learning_rate": 1e-4, "warmup": 0.0},
 }
-ENCODERS_AT_256 = _joined(
+ENCODERS_AT_256 = joined(
     EARLIER_DEFAULTS,
-    {"run": {"image_size": 256}, "training": {"learning_rate": 5e-4, "mixed_precision": "no"}},
+    {"model": {"image_size": 256}, "training": {"learning_rate": 5e-4, "mixed_precision": "no"}},
 )
 # What was the default before the study "whole-sets": the start of the cell, and its rate.
 UNIFORM: Settings = {"adapter": {"cell_init": "identity"}}
@@ -174,8 +170,8 @@ SLOW_CELL: Settings = {"training": {"cell_rate": 1.0}}
 def _on_encoders(*methods: str) -> dict[str, Settings]:
     """Each method on each encoder, as variants."""
     return {
-        f"{encoder}, {method}": _joined({"run": run}, METHODS[method])
-        for encoder, run in ENCODERS.items()
+        f"{encoder}, {method}": joined({"model": model}, METHODS[method])
+        for encoder, model in ENCODERS.items()
         for method in methods
     }
 
@@ -198,11 +194,11 @@ def _controls(rate: float) -> dict[str, Settings]:
     """What the lead of NAS-PC-LoRA at a rate is: a higher rate of LoRA, or its neighbours."""
     variants: dict[str, Settings] = {
         "LoRA": LORA,
-        "LoRA, rate x 1.5": _joined(LORA, _rate(1.5 * rate)),
-        "LoRA, rate x 2": _joined(LORA, _rate(2 * rate)),
-        "LoRA, lora_alpha 64": _joined(LORA, {"adapter": {"lora_alpha": 64.0}}),
-        "LoRA, lora_alpha 85": _joined(LORA, {"adapter": {"lora_alpha": 85.0}}),
-        "LoRA, lora_alpha 160": _joined(LORA, {"adapter": {"lora_alpha": 160.0}}),
+        "LoRA, rate x 1.5": joined(LORA, _rate(1.5 * rate)),
+        "LoRA, rate x 2": joined(LORA, _rate(2 * rate)),
+        "LoRA, lora_alpha 64": joined(LORA, {"adapter": {"lora_alpha": 64.0}}),
+        "LoRA, lora_alpha 85": joined(LORA, {"adapter": {"lora_alpha": 85.0}}),
+        "LoRA, lora_alpha 160": joined(LORA, {"adapter": {"lora_alpha": 160.0}}),
         "NAS-PC-LoRA": {},
         "annealed from the third epoch on": {"training": {"anneal_epochs": 4}},
         "cell's rate x 1": SLOW_CELL,
@@ -210,13 +206,13 @@ def _controls(rate: float) -> dict[str, Settings]:
         "frozen random cell": FROZEN,
         SHUFFLED: {},
     }
-    return {f"{rate:g}, {name}": _joined(_rate(rate), own) for name, own in variants.items()}
+    return {f"{rate:g}, {name}": joined(_rate(rate), own) for name, own in variants.items()}
 
 
 # Where the adapter is, its rate, and how the rate changes.
 TARGETS = ("qkv", "mlp", "qkv+mlp", "all")
 RATES = (2.5e-4, 5e-4, 1e-3, 2e-3)
-FROM_LORA = _joined(SLOW_CELL, {"adapter": {"skip_lead": 8.0}, "training": {"arch_data": "rotate"}})
+FROM_LORA = joined(SLOW_CELL, {"adapter": {"skip_lead": 8.0}, "training": {"arch_data": "rotate"}})
 # The loss of masks; the first is the default.
 LOSSES: dict[str, dict[str, Any]] = {
     "bce, dice": {},
@@ -242,9 +238,7 @@ STUDIES = {
     # What the weights of vit_t in the package are worth, and whether NAS-PC-LoRA gains more over
     # LoRA on an encoder without convolutions.
     "pretrained": Study(
-        datasets=("kvasir_seg", "leaf_disease"),
-        seeds=(0, 1, 2, 3, 4),
-        common=_joined(ENCODERS_AT_256, UNIFORM, SLOW_CELL),
+        common=joined(ENCODERS_AT_256, UNIFORM, SLOW_CELL),
         variants=_on_encoders("LoRA", "NAS-PC-LoRA"),
         epochs={"kvasir_seg": 6, "leaf_disease": 6},
         train_images=240,
@@ -252,13 +246,12 @@ STUDIES = {
     ),
     # All training images, all methods. CrackForest and CamVid were never tuned on.
     "whole-sets": Study(
-        datasets=("kvasir_seg", "leaf_disease", "crackforest", "camvid"),
-        seeds=tuple(range(16)),
+        seeds=16,
         common=ENCODERS_AT_256,
         variants=_on_encoders(*METHODS)
         | {
-            f"{name}, identity, x 1": _joined({"run": run}, UNIFORM, SLOW_CELL)
-            for name, run in ENCODERS.items()
+            f"{name}, identity, x 1": joined({"model": model}, UNIFORM, SLOW_CELL)
+            for name, model in ENCODERS.items()
         },
         epochs={"kvasir_seg": 6, "leaf_disease": 6, "crackforest": 15, "camvid": 6},
         columns=TRAINING | SECONDS,
@@ -267,20 +260,10 @@ STUDIES = {
     # The learning rate that a user gets who gives none, on few images: the model is not trained to
     # its end. And five times that rate, at which LoRA ends higher.
     "default-rate": Study(
-        datasets=("kvasir_seg", "leaf_disease"),
-        seeds=(0, 1, 2, 3, 4),
-        common=_joined(
-            EARLIER_DEFAULTS,
-            {
-                "run": {"model": "mobile_sam", "image_size": 256},
-                "training": {"mixed_precision": "no"},
-            },
-        ),
+        common=joined(ENCODERS_AT_256, {"model": ENCODERS["MobileSAM"]}, _rate(1e-4)),
         variants=DEFAULT_RATE
         | {
-            f"rate x 5, {method}": _joined(
-                DEFAULT_RATE[method], {"training": {"learning_rate": 5e-4}}
-            )
+            f"rate x 5, {method}": joined(DEFAULT_RATE[method], _rate(5e-4))
             for method in ("LoRA", "Conv-LoRA", "NAS-PC-LoRA")
         },
         epochs={"kvasir_seg": 6, "leaf_disease": 6},
@@ -291,20 +274,19 @@ STUDIES = {
     # Test Dice before and after merging, then the mean relative error of the layers' updates. That
     # of `calibrated` is on held-out tokens.
     "merging": Study(
-        datasets=("he_nuclei", "brain_deepgrey"),
-        seeds=(0, 1, 2),
-        common=_joined(
+        seeds=3,
+        common=joined(
             EARLIER_DEFAULTS,
-            {"run": {"image_size": 256}, "training": {"batch_size": 2, "arch_fraction": 1.0}},
+            {"model": {"image_size": 256}, "training": {"batch_size": 2, "arch_fraction": 1.0}},
         ),
         variants={
             f"{title}{', annealed' * (anneal > 0)}": {
-                "run": run,
+                "model": model,
                 "training": {"learning_rate": rate, "anneal_epochs": anneal},
             }
-            for title, run, rate in (
-                ("MobileSAM", {"model": "mobile_sam"}, 5e-4),
-                ("vit_t", RANDOM_VIT_T, 1e-3),
+            for title, model, rate in (
+                ("MobileSAM", ENCODERS["MobileSAM"], 5e-4),
+                ("vit_t", ENCODERS["random vit_t"], 1e-3),
             )
             for anneal in (0, 6)
         },
@@ -313,9 +295,7 @@ STUDIES = {
         few_images=8,
     ),
     "controls": Study(
-        datasets=("kvasir_seg", "leaf_disease"),
-        seeds=(0, 1, 2, 3, 4),
-        common=_joined({"run": {"model": "mobile_sam", "image_size": 256}}, EARLIER_DEFAULTS),
+        common=joined({"model": {"name": "mobile_sam", "image_size": 256}}, EARLIER_DEFAULTS),
         variants=_controls(1e-4) | _controls(5e-4),
         epochs={"kvasir_seg": 6, "leaf_disease": 6},
         columns=TRAINING | CALIBRATED,
@@ -325,9 +305,7 @@ STUDIES = {
     # Whether the search finds plain LoRA where neighbours say nothing: from closer to LoRA, at
     # LoRA's rate, on images that the epoch's weight steps leave out.
     "search": Study(
-        datasets=("kvasir_seg", "crackforest"),
-        seeds=(0, 1, 2, 3, 4),
-        common={"run": {"model": "vit_t", "image_size": 256}, "adapter": {"target": "all"}},
+        common={"model": {"name": "vit_t", "image_size": 256}, "adapter": {"target": "all"}},
         variants=BOTH | {"from LoRA": FROM_LORA},
         epochs={"kvasir_seg": 6, "crackforest": 15},
         columns=TRAINING | CALIBRATED,
@@ -335,18 +313,17 @@ STUDIES = {
         reference="LoRA",
     ),
     # Tuned on none of the sets of the final comparison but the first two. The outlines of 16 images
-    # of nuclei, which bench.experiments.outlines writes, stand for thin structures.
+    # of nuclei, as docs/evidence.md says, stand for thin structures.
     "recipe": Study(
-        datasets=("kvasir_seg", "leaf_disease", "nuclei_outlines"),
-        seeds=(0, 1, 2),
+        seeds=3,
         common={
-            "run": {"model": "mobile_sam", "image_size": 256},
+            "model": {"name": "mobile_sam", "image_size": 256},
             "training": {"warmup": 0.1, "ema": 0.1},
         },
-        of_data={"nuclei_outlines": {"run": {"image_size": 512}, "training": {"batch_size": 2}}},
+        of_data={"nuclei_outlines": {"model": {"image_size": 512}, "training": {"batch_size": 2}}},
         variants={
-            f"{target}, {rate:g}, {method}": _joined(
-                settings, {"adapter": {"target": target}, "training": {"learning_rate": rate}}
+            f"{target}, {rate:g}, {method}": joined(
+                settings, {"adapter": {"target": target}}, _rate(rate)
             )
             for target in TARGETS
             for rate in RATES
@@ -359,11 +336,10 @@ STUDIES = {
     # `naslora train --data DIR`, and the settings that could be better, one changed at a time.
     # CrackForest and CamVid are for looking only: no default was chosen by them.
     "default-command": Study(
-        datasets=("kvasir_seg", "leaf_disease", "crackforest", "camvid"),
-        seeds=(0, 1, 2),
-        common={"run": {"model": "vit_t"}},
+        seeds=3,
+        common={"model": {"name": "vit_t"}},
         variants={
-            f"{method}{name and f', {name}'}": _joined(settings, own)
+            f"{method}{name and f', {name}'}": joined(settings, own)
             for name, own in ONE_CHANGE.items()
             for method, settings in BOTH.items()
         }
@@ -375,9 +351,8 @@ STUDIES = {
     ),
     # SAM that stays SAM, against itself before training.
     "prompts": Study(
-        datasets=("he_nuclei", "leaf_disease", "crackforest", "kvasir_seg"),
-        seeds=(0, 1, 2),
-        common={"run": {"model": "mobile_sam", "image_size": 512, "task": "promptable"}},
+        seeds=3,
+        common={"model": {"name": "mobile_sam", "image_size": 512}, "run": {"task": "promptable"}},
         variants={name: METHODS[name] for name in ("decoder only", "LoRA", "NAS-PC-LoRA")},
         epochs={"he_nuclei": 20, "leaf_disease": 6, "crackforest": 6, "kvasir_seg": 6},
         columns=PROMPTS,
@@ -388,14 +363,13 @@ STUDIES = {
     ),
     # Whether 16 bits cost accuracy, and whether fused attention has a part in it.
     "precision": Study(
-        datasets=("kvasir_seg", "leaf_disease"),
-        seeds=tuple(range(6)),
-        common=_joined({"run": {"model": "mobile_sam", "image_size": 256}}, METHODS["NAS-PC-LoRA"]),
+        seeds=6,
+        common=joined({"model": {"name": "mobile_sam", "image_size": 256}}, METHODS["NAS-PC-LoRA"]),
         variants={
             "float32": {"training": {"mixed_precision": "no"}},
             "bfloat16": {"training": {"mixed_precision": "bf16"}},
             "bfloat16, stock attention": {
-                "run": {"attention": "stock"},
+                "model": {"attention": "stock"},
                 "training": {"mixed_precision": "bf16"},
             },
         },
@@ -408,10 +382,9 @@ STUDIES = {
     ),
     # Which loss helps on thin foreground (cracks), small (leaves), and rare classes (CamVid).
     "losses": Study(
-        datasets=("crackforest", "leaf_disease", "camvid"),
-        seeds=(0, 1, 2),
-        common=_joined(
-            {"run": {"model": "vit_t", "image_size": 256}, "training": {"batch_size": 2}},
+        seeds=3,
+        common=joined(
+            {"model": {"name": "vit_t", "image_size": 256}, "training": {"batch_size": 2}},
             LORA,
             _rate(1e-3),
         ),

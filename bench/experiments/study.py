@@ -7,6 +7,7 @@ DIR of ``--data`` holds the data sets as folders (train.csv, val.csv, test.csv).
 kept, so an interrupted study can continue. Two processes can share one ``--output``.
 """
 
+import collections
 import csv
 import dataclasses
 import os
@@ -20,7 +21,7 @@ import torch
 import tyro
 from torch import Tensor
 
-from bench.experiments.studies import SHUFFLED, STUDIES, Numbers, Study
+from bench.experiments.studies import SHUFFLED, STUDIES, Numbers, Settings, Study, joined
 from naslora import NASLoRAConfig, NASLoRALinear, merge
 from naslora.adapter.layer.cell import LinearCell
 from naslora.data.layouts import REQUIRED_SPLITS
@@ -33,13 +34,7 @@ from naslora.study.summary import mean_and_spread, mean_text
 from naslora.trained import evaluate_model, load_model
 from naslora.training.resolve import LEARNING_TRAVEL
 from naslora.training.run import train
-from naslora.training.run_config import (
-    DataConfig,
-    ModelConfig,
-    PromptConfig,
-    RunConfig,
-    TrainConfig,
-)
+from naslora.training.run_config import DataConfig, ModelConfig, RunConfig, TrainConfig
 from naslora.training.run_data import calibration, find_splits
 
 
@@ -55,8 +50,6 @@ Cells = dict[Key, Numbers]
 MERGE_MODES = "naslora.training.run.merge_modes"
 FITTED = "naslora.training.resolve.LEARNING_TRAVEL"
 DONE = "study.json"  # what a finished cell reports
-MODEL = ("model", "checkpoint", "image_size", "attention")
-"""Settings of a study's runs that are not fields of ``DataConfig``."""
 # Fields of DataConfig that belong to a data set.
 OF_DATA: dict[str, dict[str, int]] = {"camvid": {"num_classes": 11, "ignore_index": 11}}
 
@@ -94,14 +87,14 @@ def main(
     if against is not None and not {*map(plan.reference_of, plan.variants)} & {*plan.variants}:
         raise SystemExit(f"--against {against}: no variant of {study} has this name")
     done = finished(plan, output / study, save)
-    for number in () if table_only else seed or plan.seeds:
-        for folder in dataset or plan.datasets:
+    for number in () if table_only else seed or range(plan.seeds):
+        for folder in dataset or plan.epochs:
             for name in variant or plan.variants:
                 if Key(folder, name, number) not in done:
                     _train_cell(plan, folder, name, number, data, weights, output / study)
     done = finished(plan, output / study, save)
     if save is not None:
-        save_cells(done, save)
+        write_rows(save, [{**key._asdict(), **done[key]} for key in sorted(done)])
     print(table(plan, done))
 
 
@@ -109,34 +102,28 @@ def _train_cell(
     plan: Study, dataset: str, name: str, seed: int, data: Path, weights: Path, output: Path
 ) -> None:
     directory = _directory(output, dataset, name, seed)
-    variant, special = plan.variants[name], plan.of_data.get(dataset, {})
-    merged = {
-        part: plan.common.get(part, {}) | special.get(part, {}) | variant.get(part, {})
-        for part in ("run", "adapter", "training", "prompts", "fitted")
+    start: Settings = {
+        "data": {"root": _part(data / dataset, plan, output / "data")} | OF_DATA.get(dataset, {}),
+        "training": {"epochs": plan.epochs[dataset], "workers": 0},
     }
-    training = {"epochs": plan.epochs[dataset], "workers": 0}
-    source = {"root": _part(data / dataset, plan, output / "data")}
-    if merged["run"]["model"] == "mobile_sam":
-        source["checkpoint"] = str(weights)
-    run = {**source, **OF_DATA.get(dataset, {}), **merged["run"]}
-    method = run.pop("method", RunConfig.method)
-    task = run.pop("task", RunConfig.task)
-    model = {key: run.pop(key) for key in MODEL if key in run}
+    special, variant = plan.of_data.get(dataset, {}), plan.variants[name]
+    parts = collections.defaultdict(dict, joined(start, plan.common, special, variant))
+    if parts["model"]["name"] == "mobile_sam":
+        parts["model"].setdefault("checkpoint", str(weights))
+    method = parts["run"].get("method", RunConfig.method)
     config = RunConfig(
-        task=task,
+        **parts["run"],
         seed=seed,
-        data=DataConfig(**run),
-        model=ModelConfig(model.pop("model"), **model),
-        method=method,
-        adapter=configure(method, NASLoRAConfig(**merged["adapter"])),
-        training=TrainConfig(**training | merged["training"]),
-        prompts=PromptConfig(**merged["prompts"]),
+        data=DataConfig(**parts["data"]),
+        model=ModelConfig(**parts["model"]),
+        adapter=configure(method, NASLoRAConfig(**parts["adapter"])),
+        training=TrainConfig(**parts["training"]),
     )
     print(f"== {dataset}, {name}, seed {seed}", flush=True)
     with (
         shuffled_neighbours() if name.endswith(SHUFFLED) else nullcontext(),
         nullcontext() if plan.merges else patch(MERGE_MODES, lambda *_: []),
-        patch(FITTED, merged["fitted"].get("travel", LEARNING_TRAVEL)),
+        patch(FITTED, parts["fitted"].get("travel", LEARNING_TRAVEL)),
     ):
         result = train(config, directory, resume=directory.exists())
     if plan.few_images is not None:
@@ -207,9 +194,9 @@ def finished(plan: Study, output: Path, save: Path | None) -> Cells:
             for row in csv.DictReader(file):
                 key = Key(row.pop("data"), row.pop("variant"), int(row.pop("seed")))
                 cells[key] = {name: float(text) if text else None for name, text in row.items()}
-    for dataset in plan.datasets:
+    for dataset in plan.epochs:
         for name in plan.variants:
-            for seed in plan.seeds:
+            for seed in range(plan.seeds):
                 folder = _directory(output, dataset, name, seed)
                 if (folder / DONE).exists():
                     run = read_record(folder / DONE, RunResult), read_rows(folder / HISTORY, Epoch)
@@ -218,19 +205,10 @@ def finished(plan: Study, output: Path, save: Path | None) -> Cells:
     return cells
 
 
-def save_cells(cells: Cells, path: Path) -> None:
-    """Writes one row a cell, sorted."""
-    rows = [
-        {"data": key.data, "variant": key.variant, "seed": key.seed, **cells[key]}
-        for key in sorted(cells)
-    ]
-    write_rows(path, rows)
-
-
 def table(plan: Study, cells: Cells) -> str:
     """The numbers of the finished cells in Markdown: mean ± standard deviation over the seeds."""
     rows = []
-    for dataset in plan.datasets:
+    for dataset in plan.epochs:
         for name in plan.variants:
             own = _by_seed(cells, dataset, name)
             if own:

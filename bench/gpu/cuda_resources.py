@@ -41,7 +41,7 @@ def cuobjdump(nvcc: str) -> str:
     if found is None and importlib.util.find_spec("triton"):
         from bench.gpu import triton_resources
 
-        found = str(triton_resources.cuobjdump())
+        found = triton_resources.cuobjdump()
     if found is None or not Path(found).exists():
         raise FileNotFoundError("no cuobjdump beside nvcc, on the PATH or in Triton")
     return found

@@ -1,5 +1,6 @@
 """What compiled GPU kernels take of a processor: registers, shared memory, spills."""
 
+import re
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
@@ -55,8 +56,7 @@ def summary(usages: Sequence[Usage]) -> str:
     head = ["kernel", "variants", *architectures, "shared, KiB", "spilled"]
     head[2] = f"registers: {head[2]}"
     rows = []
-    for name in sorted({family(usage) for usage in usages}):
-        members = [usage for usage in usages if family(usage) == name]
+    for name, members in _by_kernel(usages):
         registers = [
             spread([u.registers for u in members if u.architecture == a]) for a in architectures
         ]
@@ -71,14 +71,22 @@ def products(usages: Sequence[Usage]) -> str:
     """The tensor-core instructions over all variants of each kernel that has any, as Markdown."""
     architectures = list(dict.fromkeys(usage.architecture for usage in usages))
     rows = []
-    for name in sorted({family(usage) for usage in usages if usage.product}):
-        members = [usage for usage in usages if family(usage) == name]
-        cells = [
+    for name, members in _by_kernel(usages):
+        found = [
             ", ".join(sorted({u.product or "–" for u in members if u.architecture == a}))
             for a in architectures
         ]
-        rows.append([name, *cells])
+        if any(usage.product for usage in members):
+            rows.append([name, *found])
     return markdown(["kernel", *architectures], rows)
+
+
+def _by_kernel(usages: Sequence[Usage]) -> list[tuple[str, list[Usage]]]:
+    """All variants of each kernel. ``a<float, 2>`` is an ``a``."""
+    found: dict[str, list[Usage]] = {}
+    for usage in usages:
+        found.setdefault(re.split("[< ]", usage.kernel)[0], []).append(usage)
+    return sorted(found.items())
 
 
 def estimates(usages: Sequence[Usage]) -> str:
@@ -94,11 +102,6 @@ def estimates(usages: Sequence[Usage]) -> str:
             rows.append([usage.architecture, usage.kernel, *found])
     head = ["card", "kernel", "cycles: issued", "exponentials", "products, of those needed", "ms"]
     return markdown(head, rows)
-
-
-def family(usage: Usage) -> str:
-    """A kernel's name without what it was compiled for: ``a<float, 2>`` is an ``a``."""
-    return usage.kernel.partition("<")[0].partition(" ")[0]
 
 
 def spread(numbers: Sequence[float]) -> str:

@@ -80,7 +80,7 @@ class Compiler:
             product=product(compiled.asm["ptx"]),
             serialized=serialized(compiled.asm["ptx"], self._architecture),
             work=attention_work(name, compiled.asm["cubin"], grid, constants, arguments),
-            **parse(_read(compiled.asm["cubin"], "--dump-resource-usage")),
+            **parse(_about(compiled.asm["cubin"], cuobjdump(), "--dump-resource-usage").stdout),
         )
 
 
@@ -90,13 +90,13 @@ def product(ptx: str) -> str:
     return found.group() if found else ""
 
 
-def _read(cubin: bytes, option: str) -> str:
-    """What cuobjdump prints about a cubin."""
+def _about(code: bytes, *command: str) -> subprocess.CompletedProcess[str]:
+    """What a program prints about code in a file. It writes into a folder that is then removed."""
     with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "kernel.cubin"
-        file.write_bytes(cubin)
-        command = [str(cuobjdump()), option, str(file)]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        Path(folder, "code").write_bytes(code)
+        return subprocess.run(
+            [*command, "code"], capture_output=True, text=True, check=True, cwd=folder
+        )
 
 
 def serialized(ptx: str, architecture: str) -> bool:
@@ -105,12 +105,9 @@ def serialized(ptx: str, architecture: str) -> bool:
         return False
     from triton.backends.nvidia.compiler import get_ptxas
 
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "kernel.ptx"
-        file.write_text(ptx)
-        ptxas = get_ptxas(int(architecture.removeprefix("sm_"))).path
-        command = [ptxas, "-v", f"--gpu-name={architecture}a", str(file), "-o", f"{file}.cubin"]
-        return "C7515" in subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    ptxas = get_ptxas(int(architecture.removeprefix("sm_"))).path
+    result = _about(ptx.encode(), ptxas, "-v", f"--gpu-name={architecture}a")
+    return "C7515" in result.stderr
 
 
 def attention_work(
@@ -123,7 +120,7 @@ def attention_work(
     """What a kernel of attention takes for 64 x 64 scores; None for other kernels."""
     if name not in launches.PRODUCTS:
         return None
-    found = costliest_round(_read(cubin, "-sass"), constants["num_warps"])
+    found = costliest_round(_about(cubin, cuobjdump(), "-sass").stdout, constants["num_warps"])
     rows, columns, queries = (constants[key] for key in ("ROWS", "COLUMNS", "QUERIES"))
     scores = queries * rows * columns
     needed = launches.PRODUCTS[name] * scores * (constants["LANES"] + constants["REST"])
@@ -147,11 +144,11 @@ def parse(report: str) -> dict[str, int]:
     return {"registers": registers, "stack": stack, "spilled": stack + local}
 
 
-def cuobjdump() -> Path:
+def cuobjdump() -> str:
     """The one that comes with Triton."""
     import triton
 
-    return Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    return str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump")
 
 
 def compile_for(
