@@ -53,7 +53,7 @@ def parse_grid(tune: Sequence[Sequence[str]]) -> list[Values]:
         name, _, listed = text.partition("=")
         values = [value.strip() for value in listed.split(",")]
         name = name.strip().lstrip("-").replace("-", "_")
-        if not all(values) or len(set(values)) < len(values) or name in settings:
+        if not name or not all(values) or len(set(values)) < len(values) or name in settings:
             raise UserError(
                 f"--tune takes NAME=VALUE,VALUE,... with distinct names and values, got {text!r}"
             )
