@@ -8,6 +8,7 @@ import shutil
 
 import numpy as np
 import pytest
+import torch
 from adapted_models import differing
 from conftest import csv_rows, scores_of, succeed, write_data
 from miniatures import save
@@ -120,6 +121,9 @@ def test_a_run_in_bfloat16_is_scored_and_merged_in_float32(data, tmp_path, monke
     assert warning in succeed("train", *options, "--output", output).err
     metrics, scores = read_json(output / "metrics.json"), scores_of(output)
     assert scores.pop("images") == 5 and scores == metrics["test"]
+    weights = adapter(output)
+    assert {value.dtype for value in weights.values()} <= {torch.float32, torch.int64}
+    assert all(value.any() for name, value in weights.items() if name.endswith("lora_B"))  # trained
     assert max(layer["update_error"] for layer in metrics["merge"]["exact"]["layers"]) < 1e-4
     assert metrics["merge"]["calibrated"]["refused"] == "too few images"
     assert "calibrated: too few images." in (output / "report.html").read_text()
