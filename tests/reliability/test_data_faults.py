@@ -144,29 +144,23 @@ def test_truncated_images(run, tmp_path):
 # ---- Memory --------------------------------------------------------------------------------------
 
 
-def peak_of_predict(run, image, output, *options) -> float:
-    """Predicts in a process of its own. Returns its peak memory in bytes, 0.5 GB of them
-    PyTorch's."""
-    # ru_maxrss would include this process, which the other one was forked from.
-    code = "print('peak', open('/proc/self/status').read().split('VmHWM:')[1].split()[0])\n"
-    arguments = map(str, ("predict", run, image, "--output", output, *options))
-    command = [sys.executable, "-c", PROGRAM + code, *arguments]
-    result = subprocess.run(command, check=True, capture_output=True, text=True)
-    peak = 1024 * int(result.stdout.split()[-1])
-    print(f"peak memory of predict: {peak / 1e9:.2f} GB")
-    return peak
-
-
 @pytest.mark.campaign
 @pytest.mark.parametrize(
     ("name", "side", "options", "most"),
     [("large.jpg", 9000, (), 1.5e9), ("large.tif", 20_000, ("--tiles", 1024), 1.7e9)],
 )
 def test_images_of_81_and_400_megapixels(run, tmp_path, monkeypatch, name, side, options, most):
-    """The larger one has 1.2 GB decoded, of which a row of tiles is in memory."""
+    """The larger one has 1.2 GB decoded, of which a row of tiles is in memory. PyTorch takes 0.5
+    GB."""
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)
     small = np.random.default_rng(0).integers(0, 255, (400, 400, 3), dtype=np.uint8)
     Image.fromarray(small).resize((side, side), Image.Resampling.NEAREST).save(tmp_path / name)
-    peak = peak_of_predict(run, tmp_path / name, tmp_path / "out", *options)
+    # ru_maxrss would include this process, which the other one was forked from.
+    code = "print('peak', open('/proc/self/status').read().split('VmHWM:')[1].split()[0])\n"
+    arguments = map(str, ("predict", run, tmp_path / name, "--output", tmp_path / "out", *options))
+    command = [sys.executable, "-c", PROGRAM + code, *arguments]
+    result = subprocess.run(command, check=True, capture_output=True, text=True)
+    peak = 1024 * int(result.stdout.split()[-1])
+    print(f"peak memory of predict: {peak / 1e9:.2f} GB")
     assert Image.open(tmp_path / "out" / "large_mask.png").size == (side, side)
     assert peak < most
