@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from adapted_models import differing, state_of, stir
+from adapted_models import differing, snapshot, state_of, stir
 from conftest import SHORT, error_of, scores_of, succeed, write_data
 from segment_anything.modeling.image_encoder import add_decomposed_rel_pos
 from torch import nn
@@ -204,15 +204,6 @@ def test_gradient_checkpointing_and_bfloat16(method, encoder):
 # --- What is refused, before anything changes ---
 
 
-def outline(model):
-    """Modules, parameters and hooks, which a refused attempt must not change."""
-    return (
-        [(name, type(module), len(module._forward_pre_hooks)) for name, module in
-         model.named_modules()],
-        [(name, id(p), p.requires_grad) for name, p in model.named_parameters()],
-    )  # fmt: skip
-
-
 NO_TARGET = NASLoRAConfig(target="attn.query$")
 UNFIT = [
     ("vpt", lambda: untouched("mobile_sam"), None,
@@ -227,9 +218,9 @@ UNFIT = [
 @pytest.mark.parametrize("method, make_model, config, words", UNFIT)
 def test_a_model_that_does_not_fit_is_refused(method, make_model, config, words):
     model = make_model()
-    before = outline(model)
+    before = snapshot(model)
     assert re.search(words, error_of(apply, method, model, configure(method, config or DEFAULT)))
-    assert outline(model) == before and applied(model) is None
+    assert snapshot(model) == before and applied(model) is None
 
 
 def test_one_method_a_model():
@@ -296,10 +287,9 @@ def test_an_adapter_for_another_model_lists_what_differs(
     save_adapter(make(saved, config=NASLoRAConfig(**settings)), tmp_path)
     config = NASLoRAConfig(**own)
     model = make(method, config=config) if method else untouched("mobile_sam")
-    before, state, held = outline(model), state_of(model), applied(model)
+    before, held = snapshot(model), applied(model)
     assert re.search(words, error_of(load_adapter, model, tmp_path))
-    assert not differing(state_of(model), state)
-    assert outline(model) == before and applied(model) is held
+    assert snapshot(model) == before and applied(model) is held
 
 
 # --- What merges ---
@@ -333,10 +323,10 @@ def test_merged_computes_the_same(method, encoder):
 @pytest.mark.parametrize("method", [m for m in METHODS if m not in MERGING])
 def test_what_cannot_merge_says_why(method):
     model = make(method)
-    before = outline(model)
+    before = snapshot(model)
     assert merge_modes(method) == []
     assert re.search(r"cannot be merged: .{20}", error_of(merge, model))
-    assert outline(model) == before
+    assert snapshot(model) == before
     assert set(merge_modes("nas-lora")) >= {"exact", "center"}
     paper = merge_modes("nas-pc-lora", NASLoRAConfig(preset="paper"))
     assert "exact" in paper and "center" not in paper  # its cell is not linear
