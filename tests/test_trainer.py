@@ -88,24 +88,11 @@ def watch(trainer, name, seen):
 # --- What moves ---
 
 
-def test_stage_1_leaves_alpha_and_stage_2_moves_it(make_trainer):
-    short, long = make_trainer(search_start=2), make_trainer(search_start=1)
-    start = alphas(short)
-    short.run()
-    long.run()
-    assert all_equal(alphas(short), start)
-    assert not any(torch.equal(a, b) for a, b in zip(alphas(long), start, strict=True))
-    assert [record.stage for record in long.history] == [1, 2]
-    assert [record.arch_loss is None for record in long.history] == [True, False]
-    epochs = long.operation_history().epochs
-    assert [entry.epoch for entry in epochs] == [0, 1, 2]
-    assert epochs[0].softmax == epochs[1].softmax != epochs[2].softmax
-
-
 def test_a_step_touches_its_own_group_alone(make_trainer):
+    """Stage 1 leaves alpha and stage 2 moves it."""
     trainer = make_trainer()
     groups = {"weights": trainer.weights, "architecture": trainer.architecture}
-    frozen, steps = state_of(trainer.model), []
+    frozen, start, steps = state_of(trainer.model), alphas(trainer), []
 
     def check(name):
         other = groups["architecture" if name == "weights" else "weights"]
@@ -125,6 +112,12 @@ def test_a_step_touches_its_own_group_alone(make_trainer):
     assert all_equal(steps[-1][1], [p.detach() for p in trainer.weights.parameters])
     assert all(all_equal(steps[0][1], alpha) for name, alpha in steps if name == "weights")
     assert differing(frozen, trainer.model.state_dict()) <= trained_state(trainer.model).keys()
+    assert not any(torch.equal(a, b) for a, b in zip(alphas(trainer), start, strict=True))
+    assert [record.stage for record in trainer.history] == [1, 2]
+    assert [record.arch_loss is None for record in trainer.history] == [True, False]
+    epochs = trainer.operation_history().epochs
+    assert [entry.epoch for entry in epochs] == [0, 1, 2]
+    assert epochs[0].softmax == epochs[1].softmax != epochs[2].softmax
 
 
 def test_simultaneous_moves_both_from_the_first_step(make_trainer):
