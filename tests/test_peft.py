@@ -6,13 +6,7 @@ import warnings
 
 import pytest
 import torch
-from peft import LoraConfig, PeftConfig, PeftModel
-from torch import nn
-
-import naslora
-from naslora import NASLoRAConfig, NASLoRALinear, inject, merge
-from naslora.peft import NasLoraConfig, get_peft_model
-from tests.adapted_models import (
+from adapted_models import (
     adapted_encoder,
     build_encoder,
     differing,
@@ -21,8 +15,14 @@ from tests.adapted_models import (
     state_of,
     stir,
 )
-from tests.conftest import error_of
-from tests.hugging_face import build_sam, logits
+from conftest import error_of
+from hugging_face import build_sam, logits
+from peft import LoraConfig, PeftConfig, PeftModel
+from torch import nn
+
+import naslora
+from naslora import NASLoRAConfig, NASLoRALinear, inject, merge
+from naslora.peft import NasLoraConfig, get_peft_model
 
 
 def wrapped(host: nn.Module | None = None, **options) -> PeftModel:
