@@ -50,35 +50,21 @@ def test_empty_masks_and_copies_of_training_images_have_warnings(data, tmp_path)
     assert "all 2 masks of the split 'test' are empty" in again
 
 
-def change_image(data, images, masks, rows):
+def changes(data, images, masks, rows):
+    """Changes files, or the rows of a list, in one way after another; yields the name of each."""
     pixels = np.array(Image.open(images[1]))
     pixels[0, 0] ^= 1
     Image.fromarray(pixels).save(images[1])
-    return f"{images[1]} has another content"
-
-
-def change_mask(data, images, masks, rows):
+    yield f"{images[1]} has another content"
     empty(masks[0])
-    return f"the mask of {images[0]} has another content"
-
-
-def remove_row(data, images, masks, rows):
+    yield f"the mask of {images[0]} has another content"
     del rows[-1]
-    return f"{images[-1]} is missing"
-
-
-def add_row(data, images, masks, rows):
+    yield f"{images[-1]} is missing"
     shutil.copy(images[0], data / "images/more.png")
     rows.append(f"images/more.png,masks/{masks[0].name}")
-    return f"{data / 'images/more.png'} is new"
-
-
-def reorder(data, images, masks, rows):
+    yield f"{data / 'images/more.png'} is new"
     rows[1:] = rows[:0:-1]
-    return f"{images[-1]} and others are in another order"
-
-
-CHANGES = (change_image, change_mask, remove_row, add_row, reorder)
+    yield f"{images[-1]} and others are in another order"
 
 
 def test_data_that_changed_between_starts_is_named(data, tmp_path):
@@ -87,9 +73,9 @@ def test_data_that_changed_between_starts_is_named(data, tmp_path):
     before = (tmp_path / "run/data.json").read_bytes()
     images, masks = (sorted((data / kind).glob("train*")) for kind in ("images", "masks"))
     whole = shutil.copytree(data, tmp_path / "whole")
-    for change in CHANGES:
-        rows = (data / "train.csv").read_text().splitlines()
-        what = change(data, images, masks, rows)
+    first = (data / "train.csv").read_text().splitlines()
+    rows = first.copy()
+    for what in changes(data, images, masks, rows):
         (data / "train.csv").write_text("\n".join(rows) + "\n")
         assert refusal(*command, "--resume").splitlines()[-1] == (
             f"naslora: error: the data has changed since the run was started: {what}; restore it, "
@@ -97,6 +83,7 @@ def test_data_that_changed_between_starts_is_named(data, tmp_path):
         )
         assert (tmp_path / "run/data.json").read_bytes() == before
         shutil.copytree(whole, data, dirs_exist_ok=True)
+        rows[:] = first
 
 
 # ---- predict -------------------------------------------------------------------------------------
