@@ -138,11 +138,13 @@ def scores_of(run: Path, *options: object) -> dict:
 
 
 def error_of(function, *arguments, **options) -> str:
-    """The message of the ``UserError`` that a function raises, as the command line prints it."""
+    """The message of the ``UserError`` that a function raises, which is one line, as the command
+    line prints it."""
     from naslora.errors import UserError, one_line
 
     with pytest.raises(UserError) as caught:
         function(*arguments, **options)
+    assert "\n" not in str(caught.value)
     return one_line(str(caught.value))
 
 

@@ -128,10 +128,8 @@ MASKS = [
     (written(grey(CLASSES), name="a.webp"), 3, {}, "is a JPEG or a lossy WebP"),
     (written(grey(CLASSES), name="a.webp", lossless=True), 3, {}, CLASSES),
     (written(grey(255 * DISC), name="a.tif", compression="jpeg"), 1, {}, DISC),
-    (png_of_16_bits(0, 1), 3, {}, CLASSES),
-    (png_of_16_bits(2, 3), 3, {}, "has colours of 16 bits, of which 8 are read"),
-    (png_of_16_bits(4, 2), 3, {}, "has colours of 16 bits"),
-    (png_of_16_bits(6, 4), 3, {}, "has colours of 16 bits"),
+    *((png_of_16_bits(*kind), 3, {}, "has colours of 16 bits, of which 8 are read")
+      for kind in ((2, 3), (4, 2), (6, 4))),
     (tiff(np.where(DISC, 0, 65535).astype(np.uint16), photometric="miniswhite"), 1, {}, DISC),
     (written(NOISE), 1, {}, f"has 4096 colours, {PHOTOGRAPH}"),
     (written(NOISE, name="a.jpg"), 1, {}, PHOTOGRAPH),

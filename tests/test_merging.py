@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import re
 from dataclasses import asdict, replace
 
 import definition
@@ -12,11 +13,13 @@ from adapted_models import (
     adapted_encoder,
     adapted_layer,
     build_encoder,
+    differing,
     images,
     named,
     outputs,
     relative,
     snapshot,
+    state_of,
     stir,
     tokens,
 )
@@ -24,7 +27,7 @@ from conftest import error_of
 from torch import nn
 from torch.testing import assert_close
 
-from naslora import NASLoRALinear, UserError, merge, unmerge
+from naslora import NASLoRALinear, merge, unmerge
 from naslora.adapter.layer.cell import LEFT_OUT
 from naslora.adapter.layer.modules import adapter_layers
 from naslora.adapter.merging.merged import restore_merged
@@ -43,7 +46,7 @@ def centre_map(layer: NASLoRALinear) -> torch.Tensor:
 # ---------------------------------------------------------------- exact
 
 
-RATIOS = [0, 1 / 3, 2 / 3, 1]
+MODES, RATIOS = ("exact", "center"), (0, 1 / 3, 2 / 3, 1)
 
 # float32 rounds at 6e-8. The cell adds some hundred products and the layer some ten more, in
 # another order and with the weights of the operations multiplied in beforehand: a few 1e-6.
@@ -199,18 +202,16 @@ def test_report_on_calibration_batches():
 
 
 @pytest.mark.parametrize(
-    "mode, calibration",
+    "mode, calibration, dtype",
     [
-        ("exact", None),
-        ("center", None),
-        ("exact", [images()]),
-        ("center", [images()]),
-        ("calibrated", [images(seed) for seed in range(4)]),
+        *((mode, None, dtype) for mode in MODES for dtype in (torch.float32, torch.float64)),
+        *((mode, [images()], torch.float32) for mode in MODES),
+        ("calibrated", [images(seed) for seed in range(4)], torch.float32),
     ],
-    ids=["exact", "center", "exact-images", "center-images", "calibrated"],
 )
-def test_unmerge_brings_the_very_same_layers_back(mode, calibration):
-    model = adapted_encoder().train()
+def test_unmerge_brings_the_very_same_layers_back(mode, calibration, dtype):
+    """Merging computes in float64, where a conversion of float64 weights copies nothing."""
+    model = adapted_encoder().to(dtype).train()
     before = snapshot(model)
     report = merge(model, mode, calibration)
     assert not list(adapter_layers(model))
@@ -222,31 +223,20 @@ def test_unmerge_brings_the_very_same_layers_back(mode, calibration):
     assert merge(model, mode, calibration) == report
 
 
-@pytest.mark.parametrize("mode", ["exact", "center"])
-def test_merging_in_float64_computes_in_copies(mode):
-    model = adapted_layer(torch.float64)
-    before = snapshot(model)["values"]
-    merge(model, mode)
-    unmerge(model)
-    assert snapshot(model)["values"] == before
-
-
 def test_statistics_do_not_move_while_merging():
     model = adapted_encoder(preset="paper").train()
-    before = {n: v.clone() for n, v in model.state_dict().items()}
+    before = state_of(model)
     merge(model, calibration=[images()])
-    merged = model.state_dict()
-    kept = {n: v.clone() for n, v in merged.items()}
+    merged, kept = model.state_dict(), state_of(model)
     unmerge(model)
-    assert all(torch.equal(before[n], v) for n, v in model.state_dict().items())
+    assert not differing(state_of(model), before)
     assert any(name.endswith("running_mean") for name in merged)
     model.train()(images())  # training moves these statistics, not those of the merged copy
-    assert all(torch.equal(merged[n], v) for n, v in kept.items())
-    moved = {n: v for n, v in model.state_dict().items() if "running" in n}
-    assert not any(torch.equal(before[n], v) for n, v in moved.items())
+    assert not differing(merged, kept)
+    assert differing(state_of(model), before) >= {name for name in before if "running" in name}
 
 
-@pytest.mark.parametrize("mode", ["exact", "center"])
+@pytest.mark.parametrize("mode", MODES)
 def test_a_merged_model_carries_no_originals(mode):
     """Its state and its pickles are those of the merged model alone."""
     model = adapted_encoder()
@@ -264,16 +254,12 @@ def test_a_merged_model_carries_no_originals(mode):
     assert "it was read from a file" in error_of(unmerge, pickle.loads(pickle.dumps(model)))
 
 
-def adapters(model: nn.Module) -> dict[str, torch.Tensor]:
-    return {n: v.clone() for n, v in model.state_dict().items() if "lora_" in n}
-
-
-@pytest.mark.parametrize("mode", ["exact", "center"])
+@pytest.mark.parametrize("mode", MODES)
 def test_a_deep_copy_can_be_unmerged(mode):
     """The layers of a copy are as they were when it was copied, and they are its own."""
     model = adapted_encoder()
     layers = dict(adapter_layers(model))
-    before, expected = adapters(model), outputs(model)
+    before, expected = state_of(model), outputs(model)
     merge(model, mode)
     twins = [copy.deepcopy(model), copy.deepcopy(copy.deepcopy(model))]
     unmerge(model)
@@ -281,7 +267,7 @@ def test_a_deep_copy_can_be_unmerged(mode):
     for twin in twins:
         stir(model.parameters(), 1.0)  # the original trains on
         unmerge(twin)
-        assert all(torch.equal(before[n], v) for n, v in adapters(twin).items())
+        assert not differing(state_of(twin), before)
         assert not {*twin.parameters()} & {*model.parameters()}
         assert torch.equal(outputs(twin), expected)
     assert not {*twins[0].parameters()} & {*twins[1].parameters()}
@@ -300,8 +286,7 @@ def test_unmerge_through_a_parent_and_a_part():
     unmerge(model.blocks[1])
     assert snapshot(model) == before
     merge(parent)
-    with pytest.raises(UserError, match="single merged layer; give the model around it"):
-        unmerge(model.blocks[0].attn.qkv)
+    assert "single merged layer; give the model" in error_of(unmerge, model.blocks[0].attn.qkv)
 
 
 # ---------------------------------------------------------------- refusals
@@ -359,9 +344,7 @@ REFUSED = [
 def test_a_refused_merge_changes_nothing(arguments, message, make):
     model = make().train()
     before = snapshot(model)
-    with pytest.raises(UserError, match=message) as error:
-        merge(model, **arguments)
-    assert "\n" not in str(error.value)
+    assert re.search(message, error_of(merge, model, **arguments))
     assert snapshot(model) == before
     if not isinstance(model, NASLoRALinear):
         assert "not merged" in error_of(unmerge, model)

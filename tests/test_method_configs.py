@@ -2,11 +2,13 @@
 
 import dataclasses
 import json
+import re
 
 import pytest
 from adapted_models import differing
+from conftest import error_of
 
-from naslora import NASLoRAConfig, UserError, load_adapter, save_adapter
+from naslora import NASLoRAConfig, load_adapter, save_adapter
 from naslora.adapter.layer.config import LowRankConfig
 from naslora.files import read_json, write_json
 from naslora.methods import METHODS, applied, apply, configure, merge_modes, searches
@@ -49,9 +51,7 @@ def test_a_configuration_is_frozen_checked_and_survives_json(method):
     bad = {"rank": 0, "lora_alpha": 0.0, "target": 3, "blocks": (-1,), "width": 0, "prompts": 0}
     bad |= {"scale_factor": True, "experts": 1, "colour": "red"}
     for name in (config.to_dict().keys() | {"colour"}) & bad.keys():
-        with pytest.raises(UserError, match=name) as error:
-            type(config).from_dict({name: bad[name]})
-        assert "\n" not in str(error.value)
+        assert name in error_of(type(config).from_dict, {name: bad[name]})
 
 
 # --- What a method takes ---
@@ -81,9 +81,7 @@ def test_a_comparison_shares_the_fields_that_several_methods_have(method):
 ])  # fmt: skip
 def test_other_configurations_are_refused(method, config, words):
     model = build_model("vit_t", SIZE)
-    with pytest.raises(UserError, match=words) as error:
-        apply(method, model, config)
-    assert "\n" not in str(error.value) and applied(model) is None
+    assert re.search(words, error_of(apply, method, model, config)) and applied(model) is None
 
 
 def test_what_a_configuration_decides():
@@ -118,13 +116,10 @@ def test_a_file_rebuilds_its_configuration(tmp_path, method):
 
 
 @pytest.mark.parametrize("method", ["vpt", "nas-pc-lora"])
-@pytest.mark.parametrize(
-    "changes, words",
-    [
-        ({"colour": "red"}, "there is no setting 'colour'"),
-        ({"target": "(a+)+$"}, "target: expected the names of layers"),
-    ],
-)
+@pytest.mark.parametrize("changes, words", [
+    ({"colour": "red"}, "there is no setting 'colour'"),
+    ({"target": "(a+)+$"}, "target: expected the names of layers"),
+])  # fmt: skip
 def test_what_a_file_may_not_hold(tmp_path, method, changes, words):
     model, fresh = build_model("vit_t", SIZE), build_model("vit_t", SIZE)
     apply(method, model)
@@ -133,6 +128,5 @@ def test_what_a_file_may_not_hold(tmp_path, method, changes, words):
     stored = read_json(path)
     write_json(path, stored | {"config": stored["config"] | changes})
     before = list(fresh.state_dict())
-    with pytest.raises(UserError, match=words):
-        load_adapter(fresh, tmp_path)
+    assert words in error_of(load_adapter, fresh, tmp_path)
     assert applied(fresh) is None and list(fresh.state_dict()) == before

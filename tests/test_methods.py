@@ -3,18 +3,19 @@
 import copy
 import functools
 import json
+import re
 import statistics
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from adapted_models import differing, state_of, stir
-from conftest import SHORT, scores_of, succeed, write_data
+from adapted_models import differing, snapshot, state_of, stir
+from conftest import SHORT, error_of, scores_of, succeed, write_data
 from segment_anything.modeling.image_encoder import add_decomposed_rel_pos
 from torch import nn
 
-from naslora import NASLoRAConfig, UserError, load_adapter, save_adapter, unmerge
+from naslora import NASLoRAConfig, load_adapter, save_adapter, unmerge
 from naslora.adapter.layer.layer import layer_generator
 from naslora.adapter.layer.targets import find_targets
 from naslora.files import read_safetensors
@@ -104,17 +105,11 @@ COUNTS = [
     # norms 2 * 1280, qkv 3840, projection 1280, MLP 5120 + 1280; patch embedding; two neck norms
     ("bitfit", {}, 32 * 14_080 + 1280 + 2 * 256),  # 3.96
     ("vpt", {}, 32 * 12 * 1280),  # 4.00
-    (
-        "sam-adapter",
-        {},
-        (3 * 16 * 16 * 80 + 80) + (1280 * 80 + 80) + 32 * (80 * 80 + 80) + (80 * 1280 + 1280),
-    ),  # 3.98
-    (
-        "mona",
-        {},
-        64 * (4 * 1280 + (1280 * 64 + 64) + 64 * (9 + 25 + 49 + 3) + (64 * 64 + 64)
-              + (64 * 1280 + 1280)),
-    ),  # 17.08; no definition that we found gives it, this one gives 15.02
+    ("sam-adapter", {},
+     (3 * 16 * 16 * 80 + 80) + (1280 * 80 + 80) + 32 * (80 * 80 + 80) + (80 * 1280 + 1280)),  # 3.98
+    ("mona", {},  # 17.08; no definition that we found gives it, this one gives 15.02
+     64 * (4 * 1280 + (1280 * 64 + 64) + 64 * (9 + 25 + 49 + 3) + (64 * 64 + 64)
+           + (64 * 1280 + 1280))),
     ("lora", {}, 32 * 3 * (1280 + 3840)),  # 4.00
     ("dora", {}, 32 * (3 * (1280 + 3840) + 3840)),  # 4.04, for a magnitude of length 1280
     ("vera", {}, 32 * (256 + 3840)),  # 0.32 in all; no definition that we found gives it
@@ -123,11 +118,8 @@ COUNTS = [
     ("nas-pc-lora", {"channel_ratio": 0}, 32 * 3 * (1280 + 3840)),  # plain LoRA
     ("nas-lora", {"preset": "paper"}, 32 * (3 * (1280 + 3840) + 168 * 3 + 8 * 9 + 8)),  # 4.016
     ("nas-pc-lora", {"preset": "paper"}, 32 * (3 * (1280 + 3840) + 168 * 2 + 8 * 4 + 8)),  # 4.009
-    (
-        "nas-pc-lora",
-        {"preset": "paper", "channel_ratio": 1 / 3},
-        32 * (3 * (1280 + 3840) + 168 + 8 + 8),
-    ),  # 4.003
+    ("nas-pc-lora", {"preset": "paper", "channel_ratio": 1 / 3},
+     32 * (3 * (1280 + 3840) + 168 + 8 + 8)),  # 4.003
 ]  # fmt: skip
 
 
@@ -212,15 +204,6 @@ def test_gradient_checkpointing_and_bfloat16(method, encoder):
 # --- What is refused, before anything changes ---
 
 
-def outline(model):
-    """Modules, parameters and hooks, which a refused attempt must not change."""
-    return (
-        [(name, type(module), len(module._forward_pre_hooks)) for name, module in
-         model.named_modules()],
-        [(name, id(p), p.requires_grad) for name, p in model.named_parameters()],
-    )  # fmt: skip
-
-
 NO_TARGET = NASLoRAConfig(target="attn.query$")
 UNFIT = [
     ("vpt", lambda: untouched("mobile_sam"), None,
@@ -235,16 +218,14 @@ UNFIT = [
 @pytest.mark.parametrize("method, make_model, config, words", UNFIT)
 def test_a_model_that_does_not_fit_is_refused(method, make_model, config, words):
     model = make_model()
-    before = outline(model)
-    with pytest.raises(UserError, match=words):
-        apply(method, model, configure(method, config or DEFAULT))
-    assert outline(model) == before and applied(model) is None
+    before = snapshot(model)
+    assert re.search(words, error_of(apply, method, model, configure(method, config or DEFAULT)))
+    assert snapshot(model) == before and applied(model) is None
 
 
 def test_one_method_a_model():
     model = make("bitfit")
-    with pytest.raises(UserError, match="has a method already: bitfit"):
-        apply("lora", model)
+    assert "has a method already: bitfit" in error_of(apply, "lora", model)
     assert applied(model).method.name == "bitfit"
     encoder = untouched("vit_t").image_encoder  # which can be adapted alone
     apply("mona", encoder)
@@ -306,11 +287,9 @@ def test_an_adapter_for_another_model_lists_what_differs(
     save_adapter(make(saved, config=NASLoRAConfig(**settings)), tmp_path)
     config = NASLoRAConfig(**own)
     model = make(method, config=config) if method else untouched("mobile_sam")
-    before, state, held = outline(model), state_of(model), applied(model)
-    with pytest.raises(UserError, match=words) as caught:
-        load_adapter(model, tmp_path)
-    assert "\n" not in str(caught.value) and not differing(state_of(model), state)
-    assert outline(model) == before and applied(model) is held
+    before, held = snapshot(model), applied(model)
+    assert re.search(words, error_of(load_adapter, model, tmp_path))
+    assert snapshot(model) == before and applied(model) is held
 
 
 # --- What merges ---
@@ -344,11 +323,10 @@ def test_merged_computes_the_same(method, encoder):
 @pytest.mark.parametrize("method", [m for m in METHODS if m not in MERGING])
 def test_what_cannot_merge_says_why(method):
     model = make(method)
-    before = outline(model)
+    before = snapshot(model)
     assert merge_modes(method) == []
-    with pytest.raises(UserError, match=r"cannot be merged: .{20}"):
-        merge(model)
-    assert outline(model) == before
+    assert re.search(r"cannot be merged: .{20}", error_of(merge, model))
+    assert snapshot(model) == before
     assert set(merge_modes("nas-lora")) >= {"exact", "center"}
     paper = merge_modes("nas-pc-lora", NASLoRAConfig(preset="paper"))
     assert "exact" in paper and "center" not in paper  # its cell is not linear

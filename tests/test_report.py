@@ -156,8 +156,11 @@ def assert_self_contained(text):
     assert all(url.startswith("#") for url in re.findall(r"url\(([^)]*)", text))
 
 
-def test_full_report(report, run):
+def test_full_report(report, run, monkeypatch):
+    # Pyplot would start a user's windows, and keep every figure in memory.
+    monkeypatch.delitem(sys.modules, "matplotlib.pyplot", raising=False)
     text = report(plots=True, **run)
+    assert "matplotlib.pyplot" not in sys.modules
     page = Reader(text)
     assert_self_contained(text)
     assert re.findall(r"<h2>(.*?)</h2>", text) == HEADINGS
@@ -267,13 +270,6 @@ def test_merging_is_shown_where_it_changes_most(report, run):
     assert f"center, Dice 0.5000, {share:.2%} changed" in shown
     run["panels"] = [panel(merged={"exact": changes[-1]})]
     assert "No pixel of the images above changes by merging." in report(**run)
-
-
-def test_pyplot_is_never_imported(report, run, monkeypatch):
-    """It would start a user's windows, and keep every figure in memory."""
-    monkeypatch.delitem(sys.modules, "matplotlib.pyplot", raising=False)
-    report(plots=True, **run)
-    assert "matplotlib.pyplot" not in sys.modules
 
 
 # --- The images of the report: the worst and the best, and how merging changes them ---

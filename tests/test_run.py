@@ -8,6 +8,7 @@ import shutil
 
 import numpy as np
 import pytest
+import torch
 from adapted_models import differing
 from conftest import csv_rows, scores_of, succeed, write_data
 from miniatures import save
@@ -68,13 +69,6 @@ def test_without_a_terminal_lines_tell_how_long_a_run_takes(monkeypatch):
     assert "nan" not in text
 
 
-def test_a_run_from_random_weights_says_so(run):
-    metrics = read_json(run / "metrics.json")
-    assert metrics["weights"] == "none"
-    (note,) = [note for note in metrics["notes"] if "random, frozen weights" in note]
-    assert note in (run / "report.html").read_text()
-
-
 # --- What a run's folder holds ---
 
 
@@ -102,7 +96,9 @@ def test_metrics(run):
     assert exact == pytest.approx(metrics["test"]["dice"], abs=5e-4)
     assert max(layer["update_error"] for layer in metrics["merge"]["exact"]["layers"]) < 1e-4
     assert metrics["images"] == {"train": 12, "val": 4, "test": 5}
-    assert metrics["seconds"] > 0
+    assert metrics["seconds"] > 0 and metrics["weights"] == "none"
+    (note,) = [note for note in metrics["notes"] if "random, frozen weights" in note]
+    assert note in (run / "report.html").read_text()
 
 
 def test_a_run_in_bfloat16_is_scored_and_merged_in_float32(data, tmp_path, monkeypatch):
@@ -120,6 +116,9 @@ def test_a_run_in_bfloat16_is_scored_and_merged_in_float32(data, tmp_path, monke
     assert warning in succeed("train", *options, "--output", output).err
     metrics, scores = read_json(output / "metrics.json"), scores_of(output)
     assert scores.pop("images") == 5 and scores == metrics["test"]
+    weights = adapter(output)
+    assert {value.dtype for value in weights.values()} <= {torch.float32, torch.int64}
+    assert all(value.any() for name, value in weights.items() if name.endswith("lora_B"))  # trained
     assert max(layer["update_error"] for layer in metrics["merge"]["exact"]["layers"]) < 1e-4
     assert metrics["merge"]["calibrated"]["refused"] == "too few images"
     assert "calibrated: too few images." in (output / "report.html").read_text()

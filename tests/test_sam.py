@@ -1,5 +1,6 @@
 """Encoders, checkpoints and the segmentation model, against segment_anything."""
 
+import re
 from functools import partial
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from adapted_models import Calls, as_torch, build_encoder, differing, original_sam, state_of
-from conftest import TINY
+from conftest import TINY, error_of
 from safetensors.torch import load_file, save_file
 from sam_families import pixels
 from scipy.special import expit, softmax
@@ -16,7 +17,7 @@ from segment_anything import sam_model_registry
 from torch import nn
 from torch.testing import assert_close
 
-from naslora import NASLoRAConfig, UserError, inject
+from naslora import NASLoRAConfig, inject
 from naslora.sam.checkpoint import load_sam_checkpoint
 from naslora.sam.families.mobile_sam import NAMING
 from naslora.sam.precision import cast_frozen
@@ -96,8 +97,8 @@ def test_official_models_have_segment_anything_tensors(name, monkeypatch):
     ],
 )  # fmt: skip
 def test_models_that_cannot_be_built(name, options, message):
-    with pytest.raises(UserError, match=message):
-        SamForSegmentation(name, **{"image_size": 64, **options})
+    line = error_of(SamForSegmentation, name, **{"image_size": 64, **options})
+    assert re.search(message, line)
     for shape in ((2, 3, 64, 48), (2, 3, 128, 128), (3, 64, 64), (2, 1, 64, 64)):
         with pytest.raises(ValueError, match=r"images: expected \(B, 3, 64, 64\), got \("):
             SamForSegmentation("vit_b", 64)(torch.zeros(shape))
@@ -179,9 +180,7 @@ def test_bad_checkpoints_are_refused_in_one_line(original, tmp_path, make, messa
     path.write_bytes(make(original.state_dict()))
     model = build_model("vit_b", 64)
     before = state_of(model)
-    with pytest.raises(UserError, match=rf"bad\.pth.* {message}") as error:
-        load_sam_checkpoint(model, path)
-    assert "\n" not in str(error.value)
+    assert re.search(rf"bad\.pth.* {message}", error_of(load_sam_checkpoint, model, path))
     assert not differing(model.state_dict(), before)
 
 

@@ -4,6 +4,8 @@ import re
 
 import pytest
 import torch
+from adapted_models import named
+from conftest import error_of
 from segment_anything.modeling.transformer import TwoWayTransformer
 from torch import nn
 
@@ -11,7 +13,6 @@ from bench.families import HOSTS, images
 from naslora import NASLoRAConfig, inject
 from naslora.adapter.layer.modules import adapter_layers
 from naslora.adapter.layer.targets import find_targets, target_name
-from naslora.errors import UserError
 
 LINEARS = {  # of a block, by the start of the family's title
     "SAM (": ("attn.qkv", "attn.proj", "mlp.lin1", "mlp.lin2"),
@@ -47,12 +48,12 @@ def test_layers_of_a_name(family):
 
 
 def test_a_name_leaves_the_decoder_alone_and_stands_for_all_its_layers():
-    decoder = nn.ModuleDict({"transformer": TwoWayTransformer(1, 8, 2, 16)})
-    sam = nn.ModuleDict({"image_encoder": built("SAM ("), "mask_decoder": decoder})
+    decoder = named(transformer=TwoWayTransformer(1, 8, 2, 16))
+    sam = named(image_encoder=built("SAM ("), mask_decoder=decoder)
     assert not any("decoder" in name for name in inject(sam, NASLoRAConfig(target="all")))
-    with pytest.raises(UserError, match=r"a part of target 'qkv\+mlp'"):
-        attention = nn.ModuleDict({"attn": nn.ModuleDict({"qkv": nn.Linear(8, 24)})})
-        inject(attention, NASLoRAConfig(target="qkv+mlp"))
+    attention = named(attn=named(qkv=nn.Linear(8, 24)))
+    line = error_of(inject, attention, NASLoRAConfig(target="qkv+mlp"))
+    assert "a part of target 'qkv+mlp'" in line
 
 
 @pytest.mark.parametrize("family", ["SAM (", "MobileSAM", "SAM 2"])

@@ -18,7 +18,7 @@ import torch
 from conftest import TRAIN, succeed, tiny_models, write_checkpoint, write_data
 from filelock import FileLock
 from fresh_process import Result
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, given, settings, strategies
 from hypothesis.strategies import SearchStrategy
 from safetensors.torch import load_file
 
@@ -189,7 +189,7 @@ with tiny_models():
 """``naslora`` with small models, in a process that is no fork."""
 
 
-def fuzz(examples: int, check: Callable[..., None], **strategies: SearchStrategy) -> None:
+def fuzz(examples: int, check: Callable[..., None], **drawn: SearchStrategy) -> None:
     """Calls ``check`` with so many examples that Hypothesis draws. CI draws the same few each time.
 
     A ``UserError`` of one line is as good as a result.
@@ -204,7 +204,23 @@ def fuzz(examples: int, check: Callable[..., None], **strategies: SearchStrategy
 
     free = {"deadline": None, "database": None, "suppress_health_check": list(HealthCheck)}
     few = settings(max_examples=examples, derandomize=examples < 1000, **free)
-    few(given(**strategies)(judged))()
+    few(given(**drawn)(judged))()
+
+
+def spoil(draw: Callable, value: dict | list, other: Callable) -> None:
+    """Removes one part of nested containers, or replaces it by ``other`` of it, in place."""
+    while True:
+        keys = list(value) if isinstance(value, dict) else range(len(value))
+        key = draw(strategies.sampled_from(keys))
+        inner = value[key]
+        nested = isinstance(inner, dict | list) and len(inner) > 0
+        if not nested or draw(strategies.integers(0, 9)) == 0:
+            break
+        value = inner
+    if draw(strategies.integers(0, 3)) == 0:
+        del value[key]
+    else:
+        value[key] = other(inner)
 
 
 def one_line(err: str) -> str:

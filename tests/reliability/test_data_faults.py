@@ -50,35 +50,21 @@ def test_empty_masks_and_copies_of_training_images_have_warnings(data, tmp_path)
     assert "all 2 masks of the split 'test' are empty" in again
 
 
-def change_image(data, images, masks, rows):
+def changes(data, images, masks, rows):
+    """Changes files, or the rows of a list, in one way after another; yields the name of each."""
     pixels = np.array(Image.open(images[1]))
     pixels[0, 0] ^= 1
     Image.fromarray(pixels).save(images[1])
-    return f"{images[1]} has another content"
-
-
-def change_mask(data, images, masks, rows):
+    yield f"{images[1]} has another content"
     empty(masks[0])
-    return f"the mask of {images[0]} has another content"
-
-
-def remove_row(data, images, masks, rows):
+    yield f"the mask of {images[0]} has another content"
     del rows[-1]
-    return f"{images[-1]} is missing"
-
-
-def add_row(data, images, masks, rows):
+    yield f"{images[-1]} is missing"
     shutil.copy(images[0], data / "images/more.png")
     rows.append(f"images/more.png,masks/{masks[0].name}")
-    return f"{data / 'images/more.png'} is new"
-
-
-def reorder(data, images, masks, rows):
+    yield f"{data / 'images/more.png'} is new"
     rows[1:] = rows[:0:-1]
-    return f"{images[-1]} and others are in another order"
-
-
-CHANGES = (change_image, change_mask, remove_row, add_row, reorder)
+    yield f"{images[-1]} and others are in another order"
 
 
 def test_data_that_changed_between_starts_is_named(data, tmp_path):
@@ -87,9 +73,9 @@ def test_data_that_changed_between_starts_is_named(data, tmp_path):
     before = (tmp_path / "run/data.json").read_bytes()
     images, masks = (sorted((data / kind).glob("train*")) for kind in ("images", "masks"))
     whole = shutil.copytree(data, tmp_path / "whole")
-    for change in CHANGES:
-        rows = (data / "train.csv").read_text().splitlines()
-        what = change(data, images, masks, rows)
+    first = (data / "train.csv").read_text().splitlines()
+    rows = first.copy()
+    for what in changes(data, images, masks, rows):
         (data / "train.csv").write_text("\n".join(rows) + "\n")
         assert refusal(*command, "--resume").splitlines()[-1] == (
             f"naslora: error: the data has changed since the run was started: {what}; restore it, "
@@ -97,6 +83,7 @@ def test_data_that_changed_between_starts_is_named(data, tmp_path):
         )
         assert (tmp_path / "run/data.json").read_bytes() == before
         shutil.copytree(whole, data, dirs_exist_ok=True)
+        rows[:] = first
 
 
 # ---- predict -------------------------------------------------------------------------------------
@@ -144,29 +131,23 @@ def test_truncated_images(run, tmp_path):
 # ---- Memory --------------------------------------------------------------------------------------
 
 
-def peak_of_predict(run, image, output, *options) -> float:
-    """Predicts in a process of its own. Returns its peak memory in bytes, 0.5 GB of them
-    PyTorch's."""
-    # ru_maxrss would include this process, which the other one was forked from.
-    code = "print('peak', open('/proc/self/status').read().split('VmHWM:')[1].split()[0])\n"
-    arguments = map(str, ("predict", run, image, "--output", output, *options))
-    command = [sys.executable, "-c", PROGRAM + code, *arguments]
-    result = subprocess.run(command, check=True, capture_output=True, text=True)
-    peak = 1024 * int(result.stdout.split()[-1])
-    print(f"peak memory of predict: {peak / 1e9:.2f} GB")
-    return peak
-
-
 @pytest.mark.campaign
 @pytest.mark.parametrize(
     ("name", "side", "options", "most"),
     [("large.jpg", 9000, (), 1.5e9), ("large.tif", 20_000, ("--tiles", 1024), 1.7e9)],
 )
 def test_images_of_81_and_400_megapixels(run, tmp_path, monkeypatch, name, side, options, most):
-    """The larger one has 1.2 GB decoded, of which a row of tiles is in memory."""
+    """The larger one has 1.2 GB decoded, of which a row of tiles is in memory. PyTorch takes 0.5
+    GB."""
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)
     small = np.random.default_rng(0).integers(0, 255, (400, 400, 3), dtype=np.uint8)
     Image.fromarray(small).resize((side, side), Image.Resampling.NEAREST).save(tmp_path / name)
-    peak = peak_of_predict(run, tmp_path / name, tmp_path / "out", *options)
+    # ru_maxrss would include this process, which the other one was forked from.
+    code = "print('peak', open('/proc/self/status').read().split('VmHWM:')[1].split()[0])\n"
+    arguments = map(str, ("predict", run, tmp_path / name, "--output", tmp_path / "out", *options))
+    command = [sys.executable, "-c", PROGRAM + code, *arguments]
+    result = subprocess.run(command, check=True, capture_output=True, text=True)
+    peak = 1024 * int(result.stdout.split()[-1])
+    print(f"peak memory of predict: {peak / 1e9:.2f} GB")
     assert Image.open(tmp_path / "out" / "large_mask.png").size == (side, side)
     assert peak < most

@@ -93,33 +93,6 @@ def test_channels_in_a_compiled_graph(value):
         compiled(options["channels"])
 
 
-def hammer(function, calls):
-    """Calls a function while another thread writes to ``channels``; returns the refusals."""
-    channels, done = torch.tensor([3, 0]), threading.Event()
-
-    def write():
-        while not done.is_set():
-            for value in (1, 2, 3, *BAD, 1, 2, 3):
-                channels.data[0] = value
-
-    writer = threading.Thread(target=write)
-    writer.start()
-    refused = 0
-    try:
-        for call in range(100 * calls):  # the writer may get no turn for long
-            if call >= calls and refused:
-                break
-            try:
-                function(channels)
-            except ValueError as error:
-                assert str(error).startswith("channels: expected ")
-                refused += 1
-    finally:
-        done.set()
-        writer.join()
-    return refused
-
-
 def public_call(function):
     """Forward and backward of a public function, of given channels."""
     arguments, options = tensors(function)
@@ -153,7 +126,28 @@ CALLS = {
 @pytest.mark.parametrize("calls", [500, pytest.param(20_000, marks=pytest.mark.campaign)])
 @pytest.mark.parametrize("call", CALLS)
 def test_channels_written_by_another_thread(call, calls):
-    refused = hammer(CALLS[call](), calls)
+    function, channels, done = CALLS[call](), torch.tensor([3, 0]), threading.Event()
+
+    def write():
+        while not done.is_set():
+            for value in (1, 2, 3, *BAD, 1, 2, 3):
+                channels.data[0] = value
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    refused = 0
+    try:
+        for number in range(100 * calls):  # the writer may get no turn for long
+            if number >= calls and refused:
+                break
+            try:
+                function(channels)
+            except ValueError as error:
+                assert str(error).startswith("channels: expected ")
+                refused += 1
+    finally:
+        done.set()
+        writer.join()
     print(f"{call}: {refused} of {calls} calls refused")
     assert refused > 0
 

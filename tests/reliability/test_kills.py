@@ -4,11 +4,9 @@ run equals the unbroken one."""
 import errno
 import itertools
 import os
-import random
 import resource
 import shutil
 import signal
-import time
 
 import pytest
 from conftest import succeed
@@ -164,32 +162,6 @@ def test_a_fault_in_every_write_of_a_run(forked, clean_world, unbroken, tmp_path
         faults += 1
     assert faults >= 9
     print(f"faults while writing, {name}: {faults}")
-
-
-@pytest.mark.campaign
-def test_kills_at_random_moments(forked, clean_world, tmp_path):
-    """Several kills a run, until it ends."""
-    started, epochs = time.monotonic(), ("--epochs", 6)
-    succeed(*train(clean_world, tmp_path / "whole"), *epochs)
-    seconds = time.monotonic() - started
-    draw, kills = random.Random(0), 0
-    for number in range(10):
-        run = tmp_path / f"run{number}"
-        for _ in range(3):
-            resume = ("--resume",) if (run / "config.json").exists() else ()
-            process = forked(*train(clean_world, run), *epochs, *resume)
-            time.sleep(draw.uniform(0, 0.7 * seconds))
-            kills += process.poll() is None
-            process.kill()
-            process.wait()
-            if run.exists():
-                check_files(run)
-        resume = ("--resume",) if (run / "config.json").exists() else ()
-        succeed(*train(clean_world, run), *epochs, *resume)
-        assert_same(run, tmp_path / "whole")
-        shutil.rmtree(run)
-    assert kills
-    print(f"kills at random moments: {kills}")
 
 
 @pytest.mark.campaign

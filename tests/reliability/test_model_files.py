@@ -20,7 +20,7 @@ from naslora.sam.export import Description, text_of
 from naslora.sam.runtimes import load_class_map
 from naslora.sam.segmentation import predict_labels
 from naslora.trained import load_model
-from reliability.conftest import fuzz
+from reliability.conftest import fuzz, spoil
 
 pytestmark = pytest.mark.usefixtures("tiny_sam")
 
@@ -166,17 +166,7 @@ DTYPES = (torch.int8, torch.bool, torch.float16, torch.float64, torch.complex64)
 
 
 def change_json(draw, value):
-    """Changes or drops one value at any depth."""
-    inner = value
-    while isinstance(inner, dict | list) and inner:
-        key = draw(st.sampled_from(sorted(inner) if isinstance(inner, dict) else range(len(inner))))
-        if not isinstance(inner[key], dict | list) or draw(st.integers(0, 9)) == 0:
-            break
-        inner = inner[key]
-    if inner and draw(st.integers(0, 3)) == 0:
-        del inner[key]
-    elif inner:
-        inner[key] = draw(VALUES)
+    spoil(draw, value, lambda part: draw(VALUES))
     return value
 
 

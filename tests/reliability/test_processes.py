@@ -26,6 +26,8 @@ from naslora.training import step
 from naslora.training.accelerator import TIMEOUT_VARIABLE
 from naslora.training.trainer import Trainer
 from reliability.conftest import PROGRAM, Forked, one_line
+from reliability.test_kills import assert_same as assert_same_bits
+from reliability.test_kills import check_files
 
 pytestmark = pytest.mark.usefixtures("tiny_sam")
 
@@ -144,8 +146,9 @@ def test_two_processes_refuse_bad_input_once(launch, clean_data, tmp_path, spoil
 # ---- Buckets -------------------------------------------------------------------------------------
 
 
-def sum_over_two(parameters):
-    """Calls ``sum_over_processes`` as if another process had the same; returns message sizes."""
+@pytest.mark.parametrize("bucket", [1, 10, 25, 10**6])
+def test_gradients_travel_in_buckets(monkeypatch, bucket):
+    """As if another process had the same ones."""
     sizes = []
 
     def reduce(flat, how):
@@ -153,14 +156,6 @@ def sum_over_two(parameters):
         sizes.append(flat.numel())
         return 2 * flat
 
-    group = SimpleNamespace(parameters=parameters)
-    accelerator = SimpleNamespace(num_processes=2, reduce=reduce)
-    assert step.sum_over_processes([group], torch.tensor(1.5), accelerator) == 3.0
-    return sizes
-
-
-@pytest.mark.parametrize("bucket", [1, 10, 25, 10**6])
-def test_gradients_travel_in_buckets(monkeypatch, bucket):
     monkeypatch.setattr(step, "BUCKET", bucket)
     shapes = [(3, 4), (5,), (), (30,), (2, 2)]
     dtypes = [torch.float32, torch.bfloat16, torch.float32, torch.float64, torch.float32]
@@ -168,7 +163,9 @@ def test_gradients_travel_in_buckets(monkeypatch, bucket):
     parameters = [torch.nn.Parameter(torch.ones(shape, dtype=dtype)) for shape, dtype in pairs]
     for i, parameter in enumerate(parameters[:-1]):  # the last has no gradient here
         parameter.grad = torch.full_like(parameter, i + 1)
-    sizes = sum_over_two(parameters)
+    group = SimpleNamespace(parameters=parameters)
+    accelerator = SimpleNamespace(num_processes=2, reduce=reduce)
+    assert step.sum_over_processes([group], torch.tensor(1.5), accelerator) == 3.0
     assert max(sizes) <= max(bucket, 30) + 1
     assert sum(sizes) == sum(p.numel() for p in parameters) + len(sizes)
     for i, parameter in enumerate(parameters):
@@ -271,23 +268,29 @@ def test_a_timeout_that_is_no_time(data, tmp_path, monkeypatch, value):
 
 
 @pytest.mark.campaign
-def test_two_processes_killed_at_random_moments_resume_to_equal_bits(launch, data, tmp_path):
+@pytest.mark.parametrize("count, runs", [(1, 4), (2, 1)])
+def test_kills_at_random_moments(launch, data, tmp_path, count, runs):
+    """Several kills a run, which then ends with the bits of an unbroken one."""
     command = ("train", "--data", data, *OPTIONS, "--epochs", 8)
     started = time.monotonic()
-    finish(launch(2, *command, "--output", tmp_path / "whole"))
+    finish(launch(count, *command, "--output", tmp_path / "whole"))
     seconds = time.monotonic() - started
-    draw, kills, run = random.Random(0), 0, tmp_path / "run"
-    for _ in range(6):
+    draw, kills = random.Random(0), 0
+    for number in range(runs):
+        run = tmp_path / f"run{number}"
+        for _ in range(6):
+            resume = ("--resume",) if (run / CONFIG).exists() else ()
+            processes = launch(count, *command, "--output", run, *resume)
+            time.sleep(draw.uniform(0.05, 0.25) * seconds)  # six of them make one run
+            for process in processes:
+                kills += process.poll() is None
+                process.kill()
+            for process in processes:
+                process.wait()
+            if run.exists():
+                check_files(run)
         resume = ("--resume",) if (run / CONFIG).exists() else ()
-        processes = launch(2, *command, "--output", run, *resume)
-        time.sleep(draw.uniform(0.05, 0.25) * seconds)  # six of them make one run
-        for process in processes:
-            kills += process.poll() is None
-            process.kill()
-        for process in processes:
-            process.wait()
-    finish(launch(2, *command, "--output", run, "--resume"))
-    whole, resumed = last_of(tmp_path / "whole"), last_of(run)
-    assert not differing(whole["model"], resumed["model"])
+        finish(launch(count, *command, "--output", run, *resume))
+        assert_same_bits(run, tmp_path / "whole")
     assert kills
-    print(f"kills of two processes: {kills}")
+    print(f"kills of {count} processes: {kills}")

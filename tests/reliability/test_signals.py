@@ -16,8 +16,6 @@ from reliability.test_kills import assert_ended, at_write, in_workers, send
 
 pytestmark = pytest.mark.usefixtures("tiny_sam")
 
-TERMINATED = "naslora: terminated; --resume continues the run"
-
 
 @pytest.mark.parametrize("number, status, word", SIGNALS)
 def test_workers_end_with_the_run(forked, clean_world, tmp_path, number, status, word):
@@ -53,36 +51,34 @@ def test_a_worker_that_begins_after_its_run_has_ended_ends_too():
     subprocess.run([sys.executable, "-c", ORPHAN], capture_output=True, check=True, timeout=120)
 
 
-def test_workers_that_are_told_to_end_while_the_run_waits_for_them(forked, clean_world, tmp_path):
-    """`timeout` sends SIGTERM to the first process, and then to all."""
+def at_the_first_step():
+    """`timeout` sends SIGTERM to the first process, and then to all. The run waits for workers."""
 
     def slow_after_the_first(worker, item):
         if item > 1:
             time.sleep(0.3 if worker else 1)  # the run waits for the first worker first
             os.kill(os.getpid(), signal.SIGTERM)
 
-    def prepare():
-        in_workers(slow_after_the_first)()
-        torch.optim.AdamW.step = lambda *_, **__: os.kill(os.getpid(), signal.SIGTERM)
-
-    command = (*train(clean_world, tmp_path / "run"), "--workers", 2, "--batch-size", 1)
-    assert_ended(forked(*command, prepare=prepare).wait(), 143, TERMINATED)
+    in_workers(slow_after_the_first)()
+    torch.optim.AdamW.step = lambda *_, **__: os.kill(os.getpid(), signal.SIGTERM)
 
 
-def test_a_signal_while_a_data_loader_starts_its_workers(forked, clean_world, tmp_path):
+def while_a_loader_starts_its_workers():
     """Its iterator is half built then, and its destructor raises AttributeError."""
+    real = _BaseDataLoaderIter.__init__
 
-    def prepare():
-        real = _BaseDataLoaderIter.__init__
+    def init(self, loader):
+        os.kill(os.getpid(), signal.SIGTERM)
+        real(self, loader)
 
-        def init(self, loader):
-            os.kill(os.getpid(), signal.SIGTERM)
-            real(self, loader)
+    _BaseDataLoaderIter.__init__ = init
 
-        _BaseDataLoaderIter.__init__ = init
 
-    command = (*train(clean_world, tmp_path / "run"), "--workers", 1)
-    assert_ended(forked(*command, prepare=prepare).wait(), 143, TERMINATED)
+@pytest.mark.parametrize("prepare", [at_the_first_step, while_a_loader_starts_its_workers])
+def test_a_signal_while_there_are_workers(forked, clean_world, tmp_path, prepare):
+    command = (*train(clean_world, tmp_path / "run"), "--workers", 2, "--batch-size", 1)
+    line = "naslora: terminated; --resume continues the run"
+    assert_ended(forked(*command, prepare=prepare).wait(), 143, line)
 
 
 @pytest.mark.parametrize("number, status, word", SIGNALS)

@@ -6,6 +6,7 @@ from unittest import mock
 import pytest
 import torch
 from hypothesis import strategies as st
+from torch.utils._pytree import tree_map
 
 from naslora.errors import UserError
 from naslora.results import kept_epoch
@@ -17,7 +18,7 @@ from naslora.training.resolve import read_config
 from naslora.training.run_data import prepare_data
 from naslora.training.run_model import build_adapted_model
 from naslora.training.trainer import Trainer
-from reliability.conftest import fuzz
+from reliability.conftest import fuzz, spoil
 
 EXAMPLES = [pytest.param(30, id="few"), pytest.param(3000, marks=pytest.mark.campaign, id="many")]
 # What a file can hold in place of a tensor t.
@@ -63,31 +64,6 @@ def damaged(tensor, draw):
         return None
 
 
-def spoil(value, draw):
-    """Replaces or removes one part of nested containers, in place."""
-    while True:
-        keys = list(value) if isinstance(value, dict) else range(len(value))
-        key = draw(st.sampled_from(list(keys)))
-        inner = value[key]
-        nested = isinstance(inner, dict | list) and len(inner) > 0
-        if not nested or draw(st.integers(0, 3)) == 0:
-            break
-        value = inner
-    if draw(st.integers(0, 4)) == 0:
-        del value[key]
-    elif isinstance(inner, torch.Tensor):
-        value[key] = damaged(inner, draw)
-    else:
-        value[key] = draw(st.sampled_from([*OTHERS, torch.ones(2)]))
-
-
-def shallow(value):
-    """A copy of the containers, not of the tensors."""
-    if isinstance(value, dict):
-        return {key: shallow(item) for key, item in value.items()}
-    return [shallow(item) for item in value] if isinstance(value, list) else value
-
-
 def finite(tensors):
     return all(tensor.isfinite().all() for tensor in tensors if tensor.is_floating_point())
 
@@ -129,8 +105,13 @@ def test_last(clean_world, tiny_sam, fresh_accelerate, examples):
     start = copy.deepcopy(trainer.model.state_dict())
 
     def check(data):
-        stored = shallow(whole)
-        spoil(stored, data.draw)
+        def other(part):
+            if isinstance(part, torch.Tensor):
+                return damaged(part, data.draw)
+            return data.draw(st.sampled_from([*OTHERS, torch.ones(2)]))
+
+        stored = tree_map(lambda leaf: leaf, whole)  # a copy of the containers
+        spoil(data.draw, stored, other)
         with mock.patch.object(resuming, "read_torch", lambda path: stored):
             try:
                 trainer.resume()
