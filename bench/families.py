@@ -58,7 +58,8 @@ def plain_vit(kind: type[ImageEncoderViT], height: int, width: int) -> nn.Module
 
 
 def sam3_encoder(height: int, width: int) -> nn.Module:
-    with patch.dict(sam3.SIZES, sam3=sam3.Sam3ViT(32, 2, 2, 64, (1,), 2, 4)):
+    small = dict(zip(sam3.SIZES["sam3"], (32, 64, 2, 2, 2, [1], 56), strict=True))
+    with patch.dict(sam3.SIZES, sam3=small):
         return sam3.Sam3Encoder("sam3", height)
 
 

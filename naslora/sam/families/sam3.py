@@ -6,7 +6,7 @@ memory are left out.
 """
 
 import math
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,26 +21,19 @@ PATCH = 14
 """Side in pixels of the image patch of a token."""
 
 
-class Sam3ViT(NamedTuple):
-    """Size of a SAM 3 encoder."""
-
-    width: int = 1024
-    """Channels of a token."""
-    depth: int = 32
-    """Number of transformer blocks."""
-    heads: int = 16
-    """Number of attention heads in a block."""
-    hidden: int = 4736
-    """Channels inside the MLP of a block."""
-    global_blocks: tuple[int, ...] = (7, 15, 23, 31)
-    """Indices of the blocks with global attention."""
-    window: int = 24
-    """Side of the attention windows of the others, in tokens."""
-    positions: int = 24
-    """Side of the position embedding that is repeated over an image's tokens."""
-
-
-SIZES: dict[str, Sam3ViT] = {"sam3": Sam3ViT()}
+SIZES: dict[str, dict[str, Any]] = {
+    "sam3": {
+        "hidden_size": 1024,
+        "intermediate_size": 4736,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 16,
+        "window_size": 24,
+        "global_attn_indexes": [7, 15, 23, 31],
+        "pretrain_image_size": 24 * PATCH,
+    }
+}
+"""Sizes of encoders as fields of ``Sam3ViTConfig`` in transformers. The position embedding of an
+image of ``pretrain_image_size`` pixels is repeated over an image's tokens."""
 
 
 class Sam3Encoder(nn.Module):
@@ -82,18 +75,8 @@ def _config(name: str, image_size: int) -> dict[str, Any]:
     Its neck has three levels, as the decoder takes. With the four of the detector, Sam3TrackerModel
     of transformers 5.24 adds the no-memory embedding to a level that it then drops.
     """
-    size, grid = SIZES[name], image_size // PATCH
-    backbone = {
-        "model_type": "sam3_vit_model",
-        "image_size": image_size,
-        "hidden_size": size.width,
-        "intermediate_size": size.hidden,
-        "num_hidden_layers": size.depth,
-        "num_attention_heads": size.heads,
-        "window_size": size.window,
-        "global_attn_indexes": list(size.global_blocks),
-        "pretrain_image_size": PATCH * size.positions,
-    }
+    grid = image_size // PATCH
+    backbone = {"model_type": "sam3_vit_model", "image_size": image_size, **SIZES[name]}
     vision = {
         "model_type": "sam3_vision_model",
         "backbone_config": backbone,
