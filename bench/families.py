@@ -58,7 +58,9 @@ def plain_vit(kind: type[ImageEncoderViT], height: int, width: int) -> nn.Module
 
 
 def sam3_encoder(height: int, width: int) -> nn.Module:
-    small = dict(zip(sam3.SIZES["sam3"], (32, 64, 2, 2, 2, [1], 56), strict=True))
+    tokens = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2}
+    blocks = {"num_hidden_layers": 2, "global_attn_indexes": [1], "window_size": 2}
+    small = tokens | blocks | {"pretrain_image_size": 4 * sam3.PATCH}
     with patch.dict(sam3.SIZES, sam3=small):
         return sam3.Sam3Encoder("sam3", height)
 

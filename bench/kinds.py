@@ -30,6 +30,7 @@ class Kind(NamedTuple):
 
 
 REFERENCES = ("reference", "reference compiled")
+# Of each kind: its works, the bytes they move at least, and their operations.
 CELL = cases.cell_works, cases.cell_bytes, cases.cell_operations
 LAYER = cases.layer_works, cases.layer_bytes, cases.layer_operations
 ATTENTION = attention.works, attention.least_bytes, attention.operations

@@ -19,7 +19,18 @@ SMALL = {
     "sam_hq_l": (sam_hq.SIZES, ViT(48, 2, 3, (0, 1))),
     "sam2.1_t": (sam2.SAM21, sam2.Hiera(16, 1, (1, 2, 3, 1), (4,))),
     "sam2.1_l": (sam2.SAM21, sam2.Hiera(24, 2, (1, 1, 2, 2), (3,), (8, 4, 16, 8), 14)),
-    "sam3": (sam3.SIZES, dict(zip(sam3.SIZES["sam3"], (32, 64, 3, 2, 4, [1], 56), strict=True))),
+    "sam3": (
+        sam3.SIZES,
+        {
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 2,
+            "window_size": 4,
+            "global_attn_indexes": [1],
+            "pretrain_image_size": 4 * sam3.PATCH,
+        },
+    ),
 }
 PLAIN = {
     name: (table, table[name]._replace(width=width, depth=2, heads=2))

@@ -158,6 +158,18 @@ def test_a_method_is_added_later(finished, clean_data):
     assert lora == decoder + 2 * 3 * 16 * 32  # r = 3 on all linears of two blocks of width 32
 
 
+def test_the_numbers_of_a_finished_run_are_enough(finished, clean_data, tmp_path):
+    """A comparison goes on elsewhere, or without the models."""
+    kept = tmp_path / "runs/lora/3" / compare.NUMBERS
+    kept.parent.mkdir(parents=True)
+    shutil.copy(finished[1] / kept.relative_to(tmp_path), kept)
+    options = ("--methods", "lora", "--seeds", 3, "--data", clean_data, *TRAIN, "--resume")
+    assert "run 1" not in succeed("compare", *options, "--output", tmp_path).err
+    (row,) = csv_rows(tmp_path / "table.csv")
+    assert float(row["dice"]) == json.loads(kept.read_text())["numbers"]["dice"]
+    assert [*kept.parent.iterdir()] == [kept]
+
+
 def test_a_comparison_resumes_with_its_own_settings(finished, arguments):
     output, options = arguments
     before = modified(output)

@@ -123,11 +123,11 @@ class Study:
 
 def joined(*parts: Settings) -> Settings:
     """Settings of all parts; the last one that gives a field decides."""
-    joined: Settings = {}
+    found: Settings = {}
     for part in parts:
         for name, fields in part.items():
-            joined[name] = joined.get(name, {}) | fields
-    return joined
+            found[name] = found.get(name, {}) | fields
+    return found
 
 
 def _adapter(method: str, **adapter: Any) -> Settings:

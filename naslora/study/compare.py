@@ -161,9 +161,11 @@ def _check_output(study: Study, resume: bool) -> None:
     if not resume:
         check_output(study.recipe, study.output, resume)
     for run in study.runs():
+        started = (run.folder / CONFIG).is_file()  # the lists of its images exist then
+        if run.finished and not started:
+            continue  # its numbers were kept, and nothing else of it
         tuned = study.folder(run.row, "tuning", run.fold) / TUNING
         if not run.fold.inner or run.tries is not None or tuned.is_file():
-            started = (run.folder / CONFIG).is_file()  # the lists of its images exist then
             config = study.config(run, {}) if started else study.recipe
             check_output(config, run.folder, resume=True)
 
