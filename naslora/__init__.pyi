@@ -14,10 +14,10 @@ from .adapter.layer.alpha_search import param_groups as param_groups
 from .adapter.layer.alpha_search import print_trainable_parameters as print_trainable_parameters
 from .adapter.layer.alpha_search import weight_parameters as weight_parameters
 from .adapter.layer.config import NASLoRAConfig as NASLoRAConfig
-from .adapter.layer.injection import adapter_parameters as adapter_parameters
-from .adapter.layer.injection import arch_parameters as arch_parameters
 from .adapter.layer.injection import inject as inject
 from .adapter.layer.layer import NASLoRALinear as NASLoRALinear
+from .adapter.layer.modules import adapter_parameters as adapter_parameters
+from .adapter.layer.modules import arch_parameters as arch_parameters
 from .adapter.merging.merge import merge as merge
 from .adapter.merging.merged import unmerge as unmerge
 from .adapter.merging.report import MergeReport as MergeReport

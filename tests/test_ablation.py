@@ -9,7 +9,7 @@ from conftest import csv_rows, succeed
 from run_configs import run_config
 
 from naslora import NASLoRAConfig
-from naslora.adapter.layer.injection import arch_parameters
+from naslora.adapter.layer.modules import arch_parameters
 from naslora.files import read_json
 from naslora.records import read_record
 from naslora.results import RunNumbers

@@ -21,7 +21,7 @@ from naslora import (
     param_groups,
     weight_parameters,
 )
-from naslora.adapter.layer.injection import cell_parameters
+from naslora.adapter.layer.modules import cell_parameters
 
 
 def squares(model, batch):

@@ -15,11 +15,10 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from naslora.data.dataset import SegmentationDataset, collate
-from naslora.data.datasets import load_all, load_splits
+from naslora.data.datasets import draw_folds, load_all, load_splits, write_splits
 from naslora.data.demo_data import write_mni152
 from naslora.data.images import Sample, open_picture
 from naslora.data.sampling import GlobalBatches, hold_out
-from naslora.data.splits import draw_folds, write_splits
 
 
 def random_pair(folder: Path, name: str, size=(6, 8), seed=0) -> tuple[Path, Path]:

@@ -12,7 +12,7 @@ from run_configs import run_config
 from naslora.files import read_metadata, read_safetensors, write_tensors
 from naslora.sam import prompts, shipped, vits
 from naslora.sam.segmentation import build_model
-from naslora.training.resolve import checkpoint_of, resolve
+from naslora.training.resolve import resolve
 
 SIZE = 32
 TINY = vits.ViT(width=32, depth=2, heads=2, global_blocks=(1,), weights="tiny.safetensors")
@@ -52,7 +52,8 @@ def test_a_configuration_says_which_weights(weights, given):
     config = run_config(name="vit_t", checkpoint=given)
     stored = f"shipped {read_metadata(weights)['sha256'][:12]}"
     assert config.model.checkpoint == (given or stored) and resolve(config) == config
-    assert checkpoint_of(config.model) == given
+    found = shipped.find_checkpoint("vit_t", config.model.checkpoint)
+    assert found == (None if given else weights)
     assert config.model.image_size == shipped.SHIPPED_SIZE
     line = error_of(run_config, name="vit_b")
     assert "model vit_b needs its weights: give --checkpoint hf:" in line

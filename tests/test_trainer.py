@@ -12,8 +12,7 @@ from run_configs import run_config
 
 from naslora.adapter.io.storage import trained_state
 from naslora.adapter.layer.config import LowRankConfig
-from naslora.adapter.layer.injection import arch_parameters, cell_parameters
-from naslora.adapter.layer.modules import adapter_layers
+from naslora.adapter.layer.modules import adapter_layers, arch_parameters, cell_parameters
 from naslora.data.dataset import SegmentationDataset
 from naslora.files import read_safetensors
 from naslora.results import ADAPTER, LAST, SplitScores, kept_epoch

@@ -12,11 +12,10 @@ from conftest import SHORT, error_of, refusal, succeed
 from naslora import shapes
 from naslora.data.contents import read_contents
 from naslora.data.dataset import SegmentationDataset
-from naslora.data.datasets import load_all, load_splits
+from naslora.data.datasets import draw_folds, load_all, load_splits, write_splits
 from naslora.data.images import open_picture
 from naslora.data.masks import read_mask
 from naslora.data.picture import Intensity
-from naslora.data.splits import draw_folds, write_splits
 from naslora.data.volumes import Slicing, read_slice, spacing_of, write_volume
 
 SHAPE = 16, 12, 6

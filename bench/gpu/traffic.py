@@ -170,7 +170,7 @@ def step_launches(target: str) -> dict[str, dict[str, int]]:
     """The launches of a weight step of NAS-PC-LoRA with ViT-B at batch 1 and 1024 x 1024 pixels,
     by ``triton``, and those of its decoder and loss alone; without casts and the optimizer."""
     from naslora import NASLoRAConfig
-    from naslora.adapter.layer.injection import arch_parameters
+    from naslora.adapter.layer.modules import arch_parameters
     from naslora.methods import apply
     from naslora.sam.losses import SegmentationLoss
     from naslora.sam.segmentation import build_model

@@ -10,6 +10,8 @@ from naslora.sam.vits import VITS
 FOLDER = Path(__file__).parents[1] / "weights"
 NONE = "none"
 """What to give as a checkpoint for random weights."""
+SHIPPED = "shipped"
+"""Start of a checkpoint that names the package's weights with their version."""
 SHIPPED_SIZE = 256
 """Side in pixels of the images that the weights in the package were made for."""
 
@@ -18,15 +20,15 @@ def find_checkpoint(name: str, given: str | Path | None) -> Path | None:
     """Finds the file of the checkpoint that a model starts from; None for random weights.
 
     ``given`` is the user's checkpoint, a path or a name on the Hugging Face Hub; ``NONE`` for
-    random weights; None for the weights in the package, or for random weights if it contains none
-    of this model.
+    random weights; None, or what ``shipped_version`` returns, for the weights in the package, or
+    for random weights if it contains none of this model.
 
     Raises:
         UserError: the package lacks a file that it should contain; as ``download``.
     """
     if str(given).startswith(PREFIX):
         return download(str(given))
-    if given is not None:
+    if given is not None and not str(given).startswith(f"{SHIPPED} "):
         return None if str(given) == NONE else Path(given)
     path = shipped_file(name)
     if path is not None and not path.is_file():
@@ -44,12 +46,13 @@ def shipped_file(name: str) -> Path | None:
 
 
 def shipped_version(name: str) -> str | None:
-    """The first digits of the checksum of the package's weights; None if it has none of a model.
+    """``SHIPPED`` and the first digits of the checksum of the package's weights; None if it has
+    none of a model.
 
     Errors as ``find_checkpoint`` and ``read_metadata``.
     """
     path = find_checkpoint(name, None)
-    return None if path is None else read_metadata(path).get(CHECKSUM, "")[:12]
+    return None if path is None else f"{SHIPPED} {read_metadata(path).get(CHECKSUM, '')[:12]}"
 
 
 def describe_shipped() -> dict[str, dict[str, str]]:

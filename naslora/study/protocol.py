@@ -13,10 +13,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from naslora.data.datasets import DATASETS, load_all
+from naslora.data.datasets import DATASETS, draw_folds, group_members, load_all, write_splits
 from naslora.data.images import Sample
 from naslora.data.layouts import Splits
-from naslora.data.splits import draw_folds, group_members, write_splits
 from naslora.errors import UserError
 from naslora.files import read_json, write_json, write_text
 from naslora.records import as_csv

@@ -24,14 +24,12 @@ from naslora.metrics import METRICS, check_metrics
 from naslora.sam.families import find_family, side_of
 from naslora.sam.hub import PREFIX, pinned
 from naslora.sam.losses import WEIGHED, parse_terms
-from naslora.sam.shipped import NONE, shipped_version
+from naslora.sam.shipped import NONE, SHIPPED, shipped_version
 from naslora.settings import checked
 from naslora.training.run_config import DataConfig, ModelConfig, RunConfig, TrainConfig
 from naslora.training.run_data import make_dataset, slicing_of
 from naslora.training.step import factor, fitted_rate
 
-SHIPPED = "shipped"
-"""How the checkpoint in a resolved configuration begins for the weights in the package."""
 LEARNING_TRAVEL = 0.2
 """What the weights' rates of all steps add up to, if no rate is given: about how far Adam moves a
 weight whose gradient keeps its sign."""
@@ -235,10 +233,9 @@ def _check_ignore_index(
 
 
 def _model(model: ModelConfig) -> dict[str, Any]:
-    """Its image size, and its checkpoint: ``NONE``, ``SHIPPED`` with a version, a name on the Hub
-    with its commit, or a path."""
-    given, size, version = model.checkpoint, side_of(model.name), shipped_version(model.name)
-    own = None if version is None else f"{SHIPPED} {version}"
+    """Its image size, and its checkpoint: ``NONE``, what ``shipped_version`` returns, a name on the
+    Hub with its commit, or a path."""
+    given, size, own = model.checkpoint, side_of(model.name), shipped_version(model.name)
     if given is None:
         family = find_family(model.name)
         named = family.weights.get(model.name)
@@ -259,12 +256,6 @@ def _model(model: ModelConfig) -> dict[str, Any]:
     elif given not in (NONE, own):
         given = os.path.abspath(given)
     return {"checkpoint": given, "image_size": model.image_size or size}
-
-
-def checkpoint_of(model: ModelConfig) -> str | None:
-    """The checkpoint of a resolved configuration, as ``build_model`` takes it."""
-    shipped = str(model.checkpoint).startswith(f"{SHIPPED} ")
-    return None if shipped else model.checkpoint
 
 
 def _fitted(config: TrainConfig, images: int, bounds: tuple[float, float]) -> TrainConfig:

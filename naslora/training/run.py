@@ -37,7 +37,7 @@ from naslora.report.pictures import Merged, Panel
 from naslora.report.run_report import write_report
 from naslora.results import MergeResult, RunResult, SplitScores
 from naslora.sam.families import find_family
-from naslora.sam.shipped import NONE, SHIPPED_SIZE
+from naslora.sam.shipped import NONE, SHIPPED, SHIPPED_SIZE
 from naslora.training.accelerator import (
     check_shared,
     in_float32,
@@ -47,7 +47,7 @@ from naslora.training.accelerator import (
 )
 from naslora.training.clicks import score_run
 from naslora.training.example_images import labels_of_image, panels_of, prompted_pictures
-from naslora.training.resolve import SHIPPED, read_config, resolve
+from naslora.training.resolve import read_config, resolve
 from naslora.training.run_config import DataConfig, ModelConfig, RunConfig, TrainConfig, differing
 from naslora.training.run_data import calibration, prepare_data
 from naslora.training.run_model import (

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from naslora.adapter.layer.injection import arch_parameters
+from naslora.adapter.layer.modules import arch_parameters
 from naslora.data.cache import Cache
 from naslora.errors import UserError
 from naslora.methods import apply, trainable_parameters
@@ -16,7 +16,6 @@ from naslora.sam.encoders import checkpoint_blocks, set_channels, stem
 from naslora.sam.precision import DTYPES
 from naslora.sam.prompts import AnySam, build_promptable
 from naslora.sam.segmentation import build_model
-from naslora.training.resolve import checkpoint_of
 from naslora.training.run_config import RunConfig, TrainConfig
 from naslora_kernels import available_backends
 from naslora_kernels.backends import ENVIRONMENT_VARIABLE
@@ -65,7 +64,7 @@ def build_run_model(config: RunConfig, checkpoint: str | None = None) -> AnySam:
     """Builds the model of a run's task with the weights of a checkpoint, None for its own, as
     ``build_model``."""
     own, size, data = config.model, config.model.image_size, config.data
-    rest = checkpoint or checkpoint_of(own), config.seed, own.attention
+    rest = checkpoint or own.checkpoint, config.seed, own.attention
     if config.task == "semantic":
         semantic = build_model(own.name, size, data.num_classes, *rest)
         if data.channel_mean is not None and data.channel_std is not None:

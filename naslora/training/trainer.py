@@ -29,8 +29,7 @@ from naslora import results
 from naslora.adapter.io.storage import base_checksum, trained_state, unshared, write_adapter
 from naslora.adapter.layer.alpha_search import param_groups
 from naslora.adapter.layer.cell import mixture_entropy
-from naslora.adapter.layer.injection import arch_parameters
-from naslora.adapter.layer.modules import adapter_layers, draw_channels
+from naslora.adapter.layer.modules import adapter_layers, arch_parameters, draw_channels
 from naslora.adapter.merging.annealing import annealed, set_spatial, spatial_share
 from naslora.data.cache import Cache
 from naslora.data.dataset import SegmentationDataset

@@ -17,8 +17,7 @@ from torch.optim import Optimizer, optimizer
 
 from naslora.adapter.io.wrappers import unwrap
 from naslora.adapter.layer.config import Alpha
-from naslora.adapter.layer.injection import arch_parameters, cell_parameters
-from naslora.adapter.layer.modules import adapter_layers
+from naslora.adapter.layer.modules import adapter_layers, arch_parameters, cell_parameters
 from naslora.errors import UserError, listing
 from naslora.settings import Index, checked
 

@@ -1,4 +1,4 @@
-"""Puts NAS-LoRA or another method into an existing model, and finds its parameters again."""
+"""Puts NAS-LoRA or another method into an existing model."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -14,7 +14,6 @@ from naslora.adapter.layer.grid import place_hint
 from naslora.adapter.layer.layer import NASLoRALinear, layer_generator
 from naslora.adapter.layer.modules import (
     NAMED,
-    adapter_layers,
     keep_frozen,
     replace_module,
     undone_on_error,
@@ -165,27 +164,3 @@ def _own_tensors(encoder: nn.Module, before: set[int]) -> list[str]:
         for name, tensor in state.items()
         if id(tensor) not in before or tensor.requires_grad or name in statistics
     ]
-
-
-# ---- Parameters ----------------------------------------------------------------------------------
-
-
-def adapter_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """The adapters' weights without alpha: lora_A, lora_B and the operations'."""
-    return [
-        parameter
-        for _, layer in adapter_layers(model)
-        for name, parameter in layer.named_parameters()
-        if name != "alpha" and not name.startswith("base.")
-    ]
-
-
-def cell_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """The weights of the cells' operations; empty for plain LoRA."""
-    cells = [layer.cell for _, layer in adapter_layers(model) if layer.cell is not None]
-    return [parameter for cell in cells for parameter in cell.parameters()]
-
-
-def arch_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """The architecture logits alpha, one (8,) tensor a layer; empty for plain LoRA."""
-    return [layer.alpha for _, layer in adapter_layers(model) if layer.alpha is not None]

@@ -1,4 +1,4 @@
-"""NAS-LoRA layers in a model: found, put in, undone on an error, and norms kept frozen."""
+"""NAS-LoRA layers in a model and their parameters: found, put in, undone; norms kept frozen."""
 
 import copy
 from collections.abc import Iterable, Iterator
@@ -27,6 +27,27 @@ def bare_layers(model: nn.Module) -> dict[str, NASLoRALinear]:
     """The same by their names in the model without wrappers."""
     paths = bare_paths(model)
     return {paths[name]: layer for name, layer in adapter_layers(model)}
+
+
+def adapter_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """The adapters' weights without alpha: lora_A, lora_B and the operations'."""
+    return [
+        parameter
+        for _, layer in adapter_layers(model)
+        for name, parameter in layer.named_parameters()
+        if name != "alpha" and not name.startswith("base.")
+    ]
+
+
+def cell_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """The weights of the cells' operations; empty for plain LoRA."""
+    cells = [layer.cell for _, layer in adapter_layers(model) if layer.cell is not None]
+    return [parameter for cell in cells for parameter in cell.parameters()]
+
+
+def arch_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """The architecture logits alpha, one (8,) tensor a layer; empty for plain LoRA."""
+    return [layer.alpha for _, layer in adapter_layers(model) if layer.alpha is not None]
 
 
 def draw_channels(model: nn.Module, seed: int, epoch: int) -> None:
