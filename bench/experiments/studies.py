@@ -313,7 +313,7 @@ STUDIES = {
         reference="LoRA",
     ),
     # Tuned on none of the sets of the final comparison but the first two. The outlines of 16 images
-    # of nuclei, as docs/evidence.md says, stand for thin structures.
+    # of nuclei, as evidence.md says, stand for thin structures.
     "recipe": Study(
         seeds=3,
         common={
